@@ -1,0 +1,24 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Mistakes a user can make, told in one sentence."""
+
+import functools
+import sys
+
+
+class UserError(ValueError):
+    """A mistake in the input. The message is one sentence: what is wrong and what to do about it."""
+
+
+def exit_on_user_error(main):
+    """Wrap a script's `main`: a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
