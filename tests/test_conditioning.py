@@ -1,0 +1,159 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Cached conditioning is what the pipelines compute themselves."""
+
+import pytest
+import tiny_pipelines
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import HEIGHT, WIDTH
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.teachers import Conditioning, encode_prompts, learn_contract
+
+
+SANA = {"use_resolution_binning": False, "max_sequence_length": 16}
+CASES = {
+    "sd3": (tiny_pipelines.stable_diffusion_3, {"max_sequence_length": 16}),
+    "sana": (tiny_pipelines.sana, SANA),
+    "flux": (tiny_pipelines.flux, {"max_sequence_length": 16}),
+}
+PROMPTS = ["a red ball", "two cats", "x", "4 dogs", "a"]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def teacher(request):
+    build, kwargs = CASES[request.param]
+    pipeline = build()
+    return pipeline, learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs=kwargs)
+
+
+def assert_same(a, b, atol=1e-6):
+    assert a.tensors.keys() == b.tensors.keys()
+    torch.testing.assert_close(a.tensors, b.tensors, atol=atol, rtol=0)
+
+
+def test_rows_of_a_batch_are_the_prompts_alone(teacher):
+    together, unconditional = encode_prompts(*teacher, PROMPTS, batch_size=2)
+    assert len(together) == 5 and len(unconditional) == 1
+    for row, prompt in enumerate(PROMPTS):
+        alone, _ = encode_prompts(*teacher, [prompt])
+        assert_same(together[row], alone)
+    first, second = together.tensors["encoder_hidden_states"][:2]
+    assert (first - second).abs().max() > 1e-2
+
+
+def test_runs_the_text_encoders_only(teacher):
+    pipeline, contract = teacher
+    ran = []
+    hooks = [pipeline.transformer.register_forward_hook(lambda *_: ran.append("transformer"))]
+    hooks += [next(pipeline.transformer.children()).register_forward_hook(lambda *_: ran.append("block"))]
+    hooks += [pipeline.vae.decoder.register_forward_hook(lambda *_: ran.append("vae"))]
+    conditional, unconditional = encode_prompts(pipeline, contract, PROMPTS)
+    for hook in hooks:
+        hook.remove()
+    assert "block" not in ran and "vae" not in ran
+    assert not any(tensor.requires_grad for tensor in conditional.tensors.values())
+    assert not any(tensor.is_inference() for tensor in unconditional.tensors.values())
+
+
+def test_unconditional_half_is_the_negative_prompt(teacher):
+    pipeline, contract = teacher
+    _, empty = encode_prompts(pipeline, contract, ["a cat"])
+    _, other_prompt = encode_prompts(pipeline, contract, ["4 dogs"])
+    assert_same(empty, other_prompt)
+    _, negative = encode_prompts(pipeline, contract, ["a cat"], negative_prompt="bad")
+    as_prompt, _ = encode_prompts(pipeline, contract, ["bad"])
+    difference = negative.tensors["encoder_hidden_states"] - empty.tensors["encoder_hidden_states"]
+    assert difference.abs().max() > 1e-2
+    if contract.pipeline_class != "SanaPipeline":
+        assert_same(negative, as_prompt)
+
+
+def test_sana_templates_the_prompt_and_not_the_negative_one():
+    pipeline = tiny_pipelines.sana()
+    instruction = {"complex_human_instruction": ["say it", "in colours"]}
+    templated = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={**SANA, **instruction})
+    bare = learn_contract(
+        pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={**SANA, "complex_human_instruction": None}
+    )
+    conditional, unconditional = encode_prompts(pipeline, templated, ["a cat"], negative_prompt="bad")
+    own = pipeline.encode_prompt(
+        ["a cat"], True, negative_prompt=["bad"], device="cpu", max_sequence_length=16, **instruction
+    )
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    assert_same(conditional, Conditioning(dict(zip(names, own[:2], strict=True))))
+    assert_same(unconditional, Conditioning(dict(zip(names, own[2:], strict=True))))
+    as_prompt, _ = encode_prompts(pipeline, templated, ["bad"])
+    bare_prompt, bare_negative = encode_prompts(pipeline, bare, ["bad"], negative_prompt="bad")
+    assert (unconditional.tensors[names[0]] - as_prompt.tensors[names[0]]).abs().max() > 1e-2
+    assert_same(unconditional, bare_negative)
+    assert_same(unconditional, bare_prompt)
+
+
+def test_no_t5_tokens_at_all():
+    pipeline = tiny_pipelines.stable_diffusion_3(with_t5=False)
+    contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={"max_sequence_length": 0})
+    conditional, unconditional = encode_prompts(pipeline, contract, PROMPTS)
+    assert conditional.tensors["encoder_hidden_states"].shape == (5, 16, 32)
+    assert unconditional.tensors["encoder_hidden_states"].shape == (1, 16, 32)
+
+
+def test_empty_sequences_are_kept():
+    rows = Conditioning({"text": torch.zeros(2, 0, 8)})
+    assert Conditioning.cat([rows[1], rows]).tensors["text"].shape == (3, 0, 8)
+    assert rows[0].expand(4).tensors["text"].shape == (4, 0, 8)
+
+
+def test_survives_safetensors(teacher, tmp_path):
+    for part in encode_prompts(*teacher, PROMPTS):
+        save_file(part.tensors, tmp_path / "part.safetensors")
+        assert_same(Conditioning(load_file(tmp_path / "part.safetensors")), part, atol=0)
+
+
+@pytest.mark.parametrize("prompts", [[], "a cat", ["a cat", None]])
+def test_prompts_must_be_a_list_of_strings(teacher, prompts):
+    with pytest.raises(UserError, match="list"):
+        encode_prompts(*teacher, prompts)
+
+
+def rows(n=3, guidance=True):
+    tensors = {"text": torch.arange(n * 4.0).reshape(n, 2, 2), "mask": torch.ones(n, 2, dtype=torch.int64)}
+    return Conditioning({**tensors, "embedded_guidance": torch.full((n,), 3.7)} if guidance else tensors)
+
+
+def test_selection():
+    assert len(rows()) == 3
+    assert_same(rows()[1], rows()[[1]])
+    assert_same(rows()[torch.tensor([2, 0])], Conditioning.cat([rows()[2], rows()[0]]))
+    assert_same(rows()[1:], rows()[[1, 2]])
+    assert_same(rows()[0].expand(2), rows()[[0, 0]])
+    assert rows().expand(3).tensors["text"].shape == (3, 2, 2)
+
+
+def test_casts_what_may_be_cast():
+    cast = rows().to("cpu", torch.bfloat16).tensors
+    assert {name: tensor.dtype for name, tensor in cast.items()} == {
+        "text": torch.bfloat16,
+        "mask": torch.int64,
+        "embedded_guidance": torch.float32,
+    }
+
+
+def test_embedded_guidance_is_replaced_in_a_copy():
+    before = rows()
+    assert before.with_embedded_guidance(1.0).tensors["embedded_guidance"].tolist() == [1.0] * 3
+    assert before.tensors["embedded_guidance"][0] == torch.tensor(3.7)
+    without = rows(guidance=False)
+    assert without.with_embedded_guidance(1.0) is without
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="single row"):
+        rows(3).expand(6)
+    with pytest.raises(ValueError, match="one row per prompt"):
+        Conditioning({"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)})
+    with pytest.raises(ValueError, match="cannot join"):
+        Conditioning.cat([rows(), rows(guidance=False)])
+    with pytest.raises(ValueError, match="cannot join rows of 'text'"):
+        Conditioning.cat([Conditioning({"text": torch.zeros(1, 2)}), Conditioning({"text": torch.zeros(1, 3)})])
