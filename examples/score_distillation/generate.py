@@ -1,0 +1,131 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Draw images with a distilled student, or with any other diffusers pipeline the library can load, from prompts.
+
+A student comes with its own number of steps, with guidance off, and draws the image that its card's snippets draw: the
+first one with --seed, the next with --seed + 1, and so on. No code of the repository is run.
+"""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from hf_flowdistill.data.prompts import read_prompts
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.training.arguments import ArgumentParser
+
+
+def parse_args(input_args=None):
+    parser = ArgumentParser(prog="generate.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", metavar="PATH", help="diffusers pipeline folder or Hub id (required)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
+    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+    add("--prompts", nargs="+", default=[], metavar="TEXT", help="what to draw")
+    add("--prompt_file", metavar="FILE.txt", help="more prompts, one per line")
+    add("--num_images_per_prompt", type=int, default=1, metavar="N", help="images of each prompt")
+    add("--num_inference_steps", type=int, metavar="N", help="sampler steps; the pipeline's own by default")
+    add("--guidance_scale", type=float, metavar="X", help="guidance; the pipeline's own by default, off for students")
+    add("--resolution", type=int, metavar="PIXELS", help="height and width; the pipeline's own by default")
+    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add("--pipeline_kwargs", type=json.loads, default={}, metavar="JSON", help="more arguments of the pipeline's call")
+    add("--seed", type=int, default=0, metavar="N", help="of the first image")
+    add("--batch_size", type=int, default=4, metavar="N", help="images drawn together; does not change them")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; a student's own, else float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
+    add("--output_dir", default="samples", metavar="DIR", help="gets 00000.png, ..., grid.png and metadata.jsonl")
+    args = parser.parse_args(input_args)
+
+    if not args.pretrained_model_name_or_path:
+        raise UserError("--pretrained_model_name_or_path is missing.")
+    for name in ("num_images_per_prompt", "num_inference_steps", "resolution", "height", "width", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+    if not isinstance(args.pipeline_kwargs, dict):
+        raise UserError("--pipeline_kwargs must be a JSON object, e.g. '{\"clip_skip\": 1}'.")
+    if args.prompt_file:
+        args.prompts = [*args.prompts, *read_prompts(args.prompt_file)]
+    if not any(prompt.strip() for prompt in args.prompts):
+        raise UserError("there is nothing to draw: give --prompts or a --prompt_file.")
+    if Path(args.output_dir).is_file():
+        raise UserError(f"--output_dir {args.output_dir} is a file: choose a folder.")
+    return args
+
+
+def load(args):
+    path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    settings = read_settings(path, **origin)
+    dtype = args.dtype or (settings["student"]["dtype"] if settings else "float32")
+    pipeline = load_pipeline(path, variant=args.variant, dtype=getattr(torch, dtype), **origin)
+    if settings:
+        pipeline = few_step_pipeline(pipeline, settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(args.device)
+
+
+def call_arguments(args, pipeline):
+    """What the command line says about the pipeline's call; the rest is up to the pipeline."""
+    given = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "height": args.height or args.resolution,
+        "width": args.width or args.resolution,
+    }
+    call = {name: value for name, value in given.items() if value is not None} | args.pipeline_kwargs
+    unknown = set(call) - set(inspect.signature(pipeline.__call__).parameters)
+    if unknown:
+        raise UserError(f"the pipeline takes no {', '.join(sorted(unknown))}: leave it out.")
+    return call
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    pipeline = load(args)
+    call = call_arguments(args, pipeline)
+    prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]
+    output_dir = Path(args.output_dir)
+
+    images = []
+    for start in tqdm(range(0, len(prompts), args.batch_size), desc="Drawing", unit="batch"):
+        batch = prompts[start : start + args.batch_size]
+        seeds = [args.seed + start + i for i in range(len(batch))]
+        # Some stock samplers draw from the global generator, whatever they are given. It does not get a seed of these:
+        # the sampler would repeat the noise that the image starts from.
+        torch.manual_seed(2**32 + args.seed + start)
+        generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
+        try:
+            images += pipeline(prompt=batch, generator=generators, **call).images
+        except ValueError as error:  # The pipeline's own check of its inputs, for instance a size it cannot make.
+            raise UserError(f"the pipeline does not accept this call: {error}") from error
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for index, (prompt, image) in enumerate(zip(prompts, images)):
+            image.save(output_dir / f"{index:05d}.png")
+            row = {"file_name": f"{index:05d}.png", "text": prompt, "seed": args.seed + index}
+            metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
+    columns = args.num_images_per_prompt if args.num_images_per_prompt > 1 else math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = images[0].copy()
+    blank.paste("white", (0, 0, *blank.size))
+    grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
+    grid.save(output_dir / "grid.png")
+    print(f"{len(images)} {'image' if len(images) == 1 else 'images'} in {output_dir}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,424 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Distil a flow-matching pipeline into a few-step generator, from prompts alone: SiD-DiT, arXiv:2509.25127.
+
+The teacher is any diffusers pipeline that the library's teacher contract accepts. Two networks start as copies of it:
+the generator, which becomes the student, and the fake score, which follows what the generator makes. They take turns.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from hf_flowdistill.data.prompts import PromptStream, read_prompts
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.hub.export import check_export_dir, export_student
+from hf_flowdistill.hub.push import check_push, push_student
+from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
+from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer
+from hf_flowdistill.rollout import NOISE_TYPES
+from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
+from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
+from hf_flowdistill.training import checkpointing, monitors
+from hf_flowdistill.training.arguments import ArgumentParser
+from hf_flowdistill.training.distributed import check_world_size, draw_k, global_indices, sample_noise
+from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
+from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
+
+
+logger = get_logger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 5
+PROGRESS = (
+    "gap {x0_gap:.4f}, latent {x0_mean:+.3f}/{x0_std:.3f} "
+    "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), "
+    "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}"
+)
+MINIMUM = {
+    0: "learning_rate fake_score_learning_rate lr_warmup_images ema_half_life_images checkpointing_images",
+    1: """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
+    validation_images num_validation_images""",
+}
+# What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
+FREE_ON_RESUME = """config output_dir cache_dir prompt_file resume_from_checkpoint max_train_images train_batch_size
+gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
+validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
+hub_private_repo resolution""".split()
+
+
+def parse_args(input_args=None):
+    parser = ArgumentParser(
+        prog="train_sid_dit.py",
+        usage="train_sid_dit.py --pretrained_model_name_or_path PATH --prompt_file FILE.txt [arguments below]",
+        description=__doc__,
+    )
+
+    add = parser.add_argument_group("teacher and prompts").add_argument
+    add("--pretrained_model_name_or_path", metavar="PATH", help="the teacher: a diffusers folder or Hub id")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
+    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+    add("--prompt_file", metavar="FILE.txt", help="training prompts, one per line")
+    add("--negative_prompt", default="", metavar="TEXT", help="the unconditional half of guidance; empty by default")
+    add("--resolution", type=int, default=1024, metavar="PIXELS", help="height and width of the images")
+    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
+    add("--pipeline_kwargs", type=json.loads, default={}, metavar="JSON", help="more arguments of the pipeline's call")
+
+    add = parser.add_argument_group("method (defaults: the paper's)").add_argument
+    add("--num_steps", type=int, default=4, metavar="N", help="sampler steps of the student")
+    add("--noise_type", choices=NOISE_TYPES, default="fresh", help="noise of the sampler steps after the first")
+    add("--alpha", type=float, default=1.0, metavar="X", help="of the generator loss; 1 is Eq. 18")
+    add("--weighting", default="1-sigma", metavar="NAME", help=f"of the generator loss: {', '.join(WEIGHTINGS)}")
+    add("--loss_scale", type=float, default=100.0, metavar="X", help="factor on the generator loss")
+    add("--teacher_guidance_scale", type=float, default=4.5, metavar="X", help="guidance of the teacher; 1 = off")
+    add("--fake_guidance_scale", type=float, metavar="X", help="fake score, in the generator loss; as the teacher's")
+    add("--fake_train_guidance_scale", type=float, metavar="X", help="fake score, in its own loss; as the teacher's")
+    add(
+        "--sigma_mean",
+        type=float,
+        default=SIGMA_MEAN,
+        metavar="X",
+        help="p(sigma) = sigmoid(Normal(mean, std)) (default: ln 2 = %(default).3f)",
+    )
+    add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
+
+    add = parser.add_argument_group("optimization (defaults: the paper's for SD3, mixed precision)").add_argument
+    add("--max_train_images", type=int, default=1_000_000, metavar="IMAGES", help="length of the training")
+    add("--train_batch_size", type=int, default=2, metavar="IMAGES", help="per process and micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=16, metavar="N", help="micro-batches per update")
+    add("--learning_rate", type=float, default=1e-6, metavar="X", help="of the generator")
+    add("--fake_score_learning_rate", type=float, metavar="X", help="of the fake score; as the generator's")
+    add("--lr_scheduler", choices=LR_SCHEDULES, default="constant", help="of both; cosine and linear end at 0")
+    add("--lr_warmup_images", type=int, default=0, metavar="IMAGES", help="linear warm-up")
+    add("--adam_beta1", type=float, default=0.0, metavar="X", help="decay of the mean gradient")
+    add("--adam_beta2", type=float, default=0.999, metavar="X", help="decay of the mean squared gradient")
+    add("--adam_epsilon", type=float, default=1e-8, metavar="X", help="added to the root of the latter")
+    add("--max_grad_norm", type=float, metavar="X", help="clip gradients to this norm; off by default")
+    add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
+    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
+    add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="sid-dit", metavar="DIR", help="gets checkpoints, metrics.jsonl and student/")
+    add("--checkpointing_images", type=int, default=50_000, metavar="IMAGES", help="interval of checkpoints; 0 = none")
+    add("--checkpoints_total_limit", type=int, metavar="N", help="how many checkpoints are kept; all by default")
+    add("--resume_from_checkpoint", metavar="PATH", help="'latest' or a checkpoint; goes on bit for bit")
+    add("--validation_prompts", nargs="+", default=[], metavar="TEXT", help="prompts of the sample sheets")
+    add("--validation_images", type=int, default=25_000, metavar="IMAGES", help="interval of sample sheets")
+    add("--num_validation_images", type=int, default=4, metavar="N", help="samples per validation prompt")
+    add("--report_to", default="tensorboard", metavar="NAME", help="tensorboard, wandb, comet_ml, ..., all or none")
+    add("--logging_dir", default="logs", metavar="DIR", help="of the tracker, inside --output_dir")
+    add("--tracker_project_name", default="sid-dit", metavar="NAME", help="name of the tracker's project")
+    add("--push_to_hub", action="store_true", help="upload the student at the end")
+    add("--hub_model_id", metavar="ID", help="repository to upload to; by default named after --output_dir")
+    add("--hub_token", metavar="TOKEN", help="token to upload with; by default that of `hf auth login`")
+    add("--hub_private_repo", action="store_true", help="create the repository as private")
+
+    args = parser.parse_args(input_args)
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    for name in ("fake_guidance_scale", "fake_train_guidance_scale"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.teacher_guidance_scale)
+    if args.fake_score_learning_rate is None:
+        args.fake_score_learning_rate = args.learning_rate
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    for name in ("pretrained_model_name_or_path", "prompt_file"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing.")
+    for minimum, names in MINIMUM.items():
+        for name in names.split():
+            if getattr(args, name) is not None and getattr(args, name) < minimum:
+                raise UserError(f"--{name} is {getattr(args, name)}: it must be at least {minimum}.")
+    get_weighting(args.weighting)
+    if not isinstance(args.pipeline_kwargs, dict):
+        raise UserError("--pipeline_kwargs must be a JSON object, e.g. '{\"clip_skip\": 1}'.")
+    if args.max_sequence_length is not None:
+        args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
+    if args.report_to in ("wandb", "all") and args.hub_token:
+        raise UserError("--hub_token would be stored with the run by wandb: use `hf auth login` instead.")
+    trackers = ["all", "none", *map(str, get_available_trackers())]
+    if args.report_to not in trackers:
+        raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
+    if args.push_to_hub:
+        args.hub_model_id = check_push(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
+
+
+def run_settings(args, prompts, accelerator):
+    """What a checkpoint records of its run, to refuse going on with another."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    if Path(args.pretrained_model_name_or_path).exists():
+        settings["pretrained_model_name_or_path"] = str(Path(args.pretrained_model_name_or_path).resolve())
+    settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    processes = accelerator.num_processes
+    settings["images_per_update"] = args.train_batch_size * args.gradient_accumulation_steps * processes
+    settings["mixed_precision"] = accelerator.mixed_precision
+    if args.lr_scheduler != "constant":
+        settings["max_train_images"] = args.max_train_images
+    return json.loads(json.dumps(settings))
+
+
+def main(input_args=None):
+    # ----------------------------------------------------------------------------------- refuse early what cannot work
+    args = parse_args(input_args)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    check_world_size(accelerator.num_processes)
+    prompts = read_prompts(args.prompt_file)
+    settings = run_settings(args, prompts, accelerator)
+    checkpoint = checkpointing.find_resume(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        checkpointing.check_same_run(checkpointing.read_state(checkpoint)["settings"], settings)
+    check_export_dir(Path(args.output_dir, "student"))
+    accelerator.wait_for_everyone()  # everyone has looked at the output folder before anyone writes there
+
+    # ---------------------------------------------------------------- the teacher, and how it talks to its transformer
+    run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
+    origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    run.pipeline = load_pipeline(args.pretrained_model_name_or_path, **origin).to(accelerator.device)
+    run.contract = learn_contract(
+        run.pipeline, height=args.height, width=args.width, pipeline_kwargs=args.pipeline_kwargs
+    )
+    logger.info(f"the teacher's contract:\n{run.contract.describe()}")
+
+    # ------------------------------------------------------------------------ all text at once; then its encoders rest
+    run.prompts = PromptStream(prompts, args.seed)
+    run.conditional, run.unconditional = encode_prompts(
+        run.pipeline,
+        run.contract,
+        run.prompts.distinct + args.validation_prompts,
+        negative_prompt=args.negative_prompt,
+    )
+    run.unconditional = run.unconditional.to(accelerator.device)
+    move_all_but_transformer(run.pipeline, "cpu")
+
+    # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
+    run.networks = Networks.from_teacher(run.pipeline.transformer)
+    if args.gradient_checkpointing:
+        run.networks.enable_gradient_checkpointing()
+    run.ema = EMA(run.networks.generator, args.ema_half_life_images)
+    adam = functools.partial(build_optimizer, betas=(args.adam_beta1, args.adam_beta2), epsilon=args.adam_epsilon)
+    run.optimizers = {"generator": adam(run.networks.generator), "fake_score": adam(run.networks.fake_score)}
+    run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
+    run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
+    if checkpoint is None:
+        run.state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": settings}
+        run.state["teacher_latents"] = measure_teacher(run)
+    else:
+        run.state = checkpointing.load_checkpoint(checkpoint, **run.saved)
+        logger.info(f"going on from {checkpoint}")
+
+    # -------------------------------------------------------------------------------------------------- train and save
+    logger.info(
+        f"{len(prompts)} prompts ({len(run.prompts.distinct)} distinct), {settings['images_per_update']} images per "
+        f"update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
+        f"{args.train_batch_size}"
+    )
+    train(run)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_student(run)
+    accelerator.end_training()
+
+
+def train(run):
+    """Fake score, generator, average, until max_train_images."""
+    args, state, is_main_process = run.args, run.state, run.accelerator.is_main_process
+    images_per_update = state["settings"]["images_per_update"]
+    if is_main_process:
+        checkpointing.remove_unfinished(args.output_dir)
+        metrics_file = monitors.MetricsFile(Path(args.output_dir, "metrics.jsonl"), images_seen=state["images_seen"])
+        run.accelerator.init_trackers(
+            args.tracker_project_name, monitors.tracker_config(args), init_kwargs={"wandb": {"dir": args.output_dir}}
+        )
+    progress = tqdm(total=args.max_train_images, initial=state["images_seen"], unit="img", disable=not is_main_process)
+    skipped_in_a_row = 0
+    while state["images_seen"] < args.max_train_images:
+        start = time.perf_counter()
+        k = draw_k(args.seed, state["step"], args.num_steps)
+        factor = learning_rate_factor(
+            args.lr_scheduler, state["images_seen"], warmup=args.lr_warmup_images, end=args.max_train_images
+        )
+        fake_rate, rate = factor * args.fake_score_learning_rate, factor * args.learning_rate
+        fake_taken, fake_metrics = run_turn(run, "fake_score", fake_score_turn, k, fake_rate)
+        taken, metrics = run_turn(run, "generator", generator_turn, k, rate)
+        state["step"] += 1
+        state["images_seen"] += images_per_update
+        run.ema.update(run.networks.generator, batch_size=images_per_update, images_seen=state["images_seen"])
+
+        skipped = (not fake_taken) + (not taken)
+        state["skipped_updates"] += skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise SystemExit(
+                f"error: a loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to "
+                f"{state['images_seen']} images: lower the learning rates, or clip gradients with --max_grad_norm."
+            )
+        if is_main_process:
+            record = {
+                **{name: state[name] for name in ("images_seen", "step", "skipped_updates")},
+                **{"k": k, "learning_rate": rate, **fake_metrics, **metrics},
+                **state["teacher_latents"],
+                "images_per_second": images_per_update / (time.perf_counter() - start),
+            }
+            metrics_file.write(record)
+            run.accelerator.log(record, step=state["images_seen"])
+            progress.set_postfix_str(PROGRESS.format(**record), refresh=False)
+        progress.update(images_per_update)
+        if is_due(run, args.checkpointing_images):
+            if is_main_process:
+                limit = args.checkpoints_total_limit
+                checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
+            run.accelerator.wait_for_everyone()
+        if is_main_process and args.validation_prompts and is_due(run, args.validation_images):
+            validate(run)
+    progress.close()
+
+
+def run_turn(run, turn, loss_of, k, learning_rate):
+    """One update of the network called `turn`: every micro-batch forward and backward, then one guarded step."""
+    accumulation, micro_batches = run.args.gradient_accumulation_steps, []
+    with run.networks.training(turn):
+        for micro_batch in range(accumulation):
+            batch = draw_batch(run, turn, micro_batch, k)
+            with run.accelerator.autocast():
+                loss, metrics = loss_of(run.networks, run.contract, batch, run.config)
+            (loss / accumulation).backward()
+            micro_batches.append({f"{turn}_loss": loss.detach(), **metrics})
+    metrics = monitors.average_metrics(micro_batches)
+    taken, metrics[f"{turn}_grad_norm"] = apply_update(
+        run.optimizers[turn],
+        loss=metrics[f"{turn}_loss"],
+        learning_rate=learning_rate,
+        max_grad_norm=run.args.max_grad_norm,
+    )
+    return taken, metrics
+
+
+def draw_batch(run, turn, micro_batch, k):
+    """Prompts, noise and sigma of one micro-batch: a function of seed, step, turn and place in the global batch."""
+    args, accelerator, latent_shape = run.args, run.accelerator, run.contract.latent_shape
+    indices = global_indices(
+        micro_batch, args.train_batch_size, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+    draw = functools.partial(
+        sample_noise, seed=args.seed, step=run.state["step"], indices=indices, device=accelerator.device
+    )
+    rows = run.prompts.rows(turn, [run.state["images_seen"] + i for i in indices])
+    return SiDBatch(
+        conditional=run.conditional[rows].to(accelerator.device),
+        unconditional=run.unconditional,
+        k=k,
+        noises=lambda i: draw(latent_shape, purpose=f"{turn} step {i}"),
+        sigma=sigma_from_normal(draw((), purpose=f"{turn} sigma"), args.sigma_mean, args.sigma_std),
+        noise=draw(latent_shape, purpose=f"{turn} noise"),
+    )
+
+
+def is_due(run, interval):
+    """Whether the last update passed a multiple of `interval` images, or was the last of all. 0 is never."""
+    seen, images_per_update = run.state["images_seen"], run.state["settings"]["images_per_update"]
+    passed = interval and seen // interval > (seen - images_per_update) // interval
+    return bool(passed or (interval and seen >= run.args.max_train_images))
+
+
+def measure_teacher(run):
+    """Mean and std of the teacher's own latents for 16 prompts, beside which the generator's are shown."""
+    args, device = run.args, run.accelerator.device
+    rows = run.prompts.rows("reference", range(min(16, run.prompts.count)))
+    with run.accelerator.autocast():
+        return monitors.latent_statistics(
+            functools.partial(run.contract.guided_velocity, run.networks.teacher, scale=args.teacher_guidance_scale),
+            sample_noise(
+                run.contract.latent_shape,
+                seed=args.seed,
+                step=0,
+                purpose="reference",
+                indices=range(len(rows)),
+                device=device,
+            ),
+            run.conditional[rows].to(device),
+            run.unconditional,
+            batch_size=args.train_batch_size,
+        )
+
+
+@torch.no_grad()
+def validate(run):
+    """A sheet of the averaged generator's samples, one row per validation prompt, from the same noise every time."""
+    args, device, latents = run.args, run.accelerator.device, []
+    columns, first = args.num_validation_images, len(run.prompts.distinct)
+    for row in range(len(args.validation_prompts)):
+        indices = range(row * columns, (row + 1) * columns)
+        draw = functools.partial(
+            sample_noise, run.contract.latent_shape, seed=args.seed, step=0, indices=indices, device=device
+        )
+        with run.accelerator.autocast():
+            x0 = generate_x0(
+                run.ema.model,
+                run.contract,
+                run.conditional[first + row].to(device),
+                lambda i, draw=draw: draw(purpose=f"validation step {i}"),
+                num_steps=args.num_steps,
+                noise_type=args.noise_type,
+            )
+        latents.append(x0)
+    move_all_but_transformer(run.pipeline, device)
+    images = decode(run.pipeline, run.contract, torch.cat(latents))
+    move_all_but_transformer(run.pipeline, "cpu")
+    sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
+    monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation"), run.state["images_seen"])
+
+
+def save_student(run):
+    """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
+    args = run.args
+    guidance_off = run.contract.guidance.arguments(on=False)
+    if run.contract.embedded_guidance is not None:
+        guidance_off["guidance_scale"] = 1.0
+    defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
+    student_dir = export_student(
+        run.pipeline,
+        Path(args.output_dir, "student"),
+        num_steps=args.num_steps,
+        transformer=run.ema.model,
+        noise_type=args.noise_type,
+        guidance_off=guidance_off,
+        pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
+        teacher=args.pretrained_model_name_or_path,
+        training_args={**vars(args), **run.state["settings"], "images_seen": run.state["images_seen"]},
+        repo_id=args.hub_model_id,
+        example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
+    )
+    logger.info(f"the student is in {student_dir}")
+    if args.push_to_hub:
+        push_student(student_dir, args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,126 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Score identity distillation with long-and-short guidance: the two turns of SiD-DiT (Sec. 3)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_flowdistill import flow
+from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss
+from hf_flowdistill.networks import Networks
+from hf_flowdistill.rollout import rollout
+
+
+@dataclass(frozen=True)
+class SiDConfig:
+    """The method's settings; the defaults are the paper's.
+
+    Attributes:
+        num_steps: sampler steps of the generator.
+        noise_type: "fresh", "fixed" or "ddim"; see `rollout`.
+        alpha: weight of the second term of the generator loss; 1 gives Eq. 18.
+        weighting: name of w(sigma), see `weighting.WEIGHTINGS`.
+        loss_scale: lambda_sid, a factor on the generator loss.
+        teacher_guidance_scale: guidance of the teacher in the generator loss; 1 = off.
+        fake_guidance_scale: guidance of the fake score in the generator loss; 1 = off.
+        fake_train_guidance_scale: guidance inside the fake score's own regression; 1 = off.
+        sigma_mean, sigma_std: p(sigma) = sigmoid(Normal(mean, std)), in both turns.
+    """
+
+    num_steps: int = 4
+    noise_type: str = "fresh"
+    alpha: float = 1.0
+    weighting: str = "1-sigma"
+    loss_scale: float = 100.0
+    teacher_guidance_scale: float = 4.5
+    fake_guidance_scale: float = 4.5
+    fake_train_guidance_scale: float = 4.5
+    sigma_mean: float = math.log(2)
+    sigma_std: float = 1.6
+
+
+@dataclass
+class SiDBatch:
+    """Everything random that one turn needs for B samples, already drawn.
+
+    Attributes:
+        conditional: Conditioning of the prompts, B rows.
+        unconditional: Conditioning of the negative prompt, one row or B.
+        k: the sampler step whose x0 is used, in 1..num_steps.
+        noises: i -> noise of sampler step i (from 0), [B, ...].
+        sigma: noise level of the loss, [B], in (0, 1).
+        noise: noise of the loss, [B, ...].
+    """
+
+    conditional: Any
+    unconditional: Any
+    k: int
+    noises: Callable[[int], Tensor]
+    sigma: Tensor
+    noise: Tensor
+
+
+def generate_x0(generator, contract, conditional, noises, *, k=None, num_steps=4, noise_type="fresh") -> Tensor:
+    """x0 of the unguided few-step generator at step k (None = the last), [B, ...]; gradient through step k only."""
+    conditional = conditional.with_embedded_guidance(1.0)
+
+    def velocity_fn(x_t, sigma):
+        return contract.velocity(generator, x_t, sigma, conditional)
+
+    return rollout(velocity_fn, noises, k=k, num_steps=num_steps, noise_type=noise_type)
+
+
+def _generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> Tensor:
+    return generate_x0(
+        networks.generator,
+        contract,
+        batch.conditional,
+        batch.noises,
+        k=batch.k,
+        num_steps=config.num_steps,
+        noise_type=config.noise_type,
+    )
+
+
+def fake_score_turn(networks: Networks, contract, batch: SiDBatch, config: SiDConfig):
+    """The fake score's loss on what the generator makes: (scalar, metrics of detached scalars).
+
+    Gradient reaches `networks.fake_score` alone, through both halves of its guided prediction; the generator runs
+    without a graph.
+    """
+    with torch.no_grad():
+        x0 = _generate(networks, contract, batch, config)
+        x_t = flow.add_noise(x0, batch.noise, batch.sigma)
+    velocity_fake = contract.guided_velocity(
+        networks.fake_score, x_t, batch.sigma, batch.conditional, batch.unconditional, config.fake_train_guidance_scale
+    )
+    return fake_score_loss(velocity_fake, x0, batch.noise)
+
+
+def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDConfig):
+    """The generator's loss, SiD-DiT Eq. 18: (scalar, metrics of detached scalars).
+
+    Gradient flows through x0 directly and through x_t into the inputs of the teacher and of the fake score, whose
+    parameters the caller has frozen (`Networks.training("generator")`).
+    """
+    x0 = _generate(networks, contract, batch, config)
+    x_t = flow.add_noise(x0, batch.noise, batch.sigma)
+
+    def predict_x0(network, scale):
+        velocity = contract.guided_velocity(network, x_t, batch.sigma, batch.conditional, batch.unconditional, scale)
+        return flow.x0_from_velocity(x_t, velocity, batch.sigma)
+
+    return sid_generator_loss(
+        x0,
+        predict_x0(networks.teacher, config.teacher_guidance_scale),
+        predict_x0(networks.fake_score, config.fake_guidance_scale),
+        batch.sigma,
+        alpha=config.alpha,
+        weighting=config.weighting,
+        scale=config.loss_scale,
+    )

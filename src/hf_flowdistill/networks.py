@@ -1,0 +1,109 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Loading a teacher pipeline, and the three networks of a distillation."""
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.teachers.watch import check_flow_matching
+
+
+def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32) -> DiffusionPipeline:
+    """Load a diffusers flow-matching pipeline from a folder or from the Hub.
+
+    Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
+    the index lists as absent (SD3 without T5, say) are absent.
+
+    Raises:
+        UserError: there is nothing at `path`, it is no diffusers pipeline, or not a flow-matching transformer.
+    """
+    path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not Path(path).exists() and not looks_like_hub_id:
+        raise UserError(f"{path} does not exist: give a diffusers pipeline folder or a Hub id.")
+    try:
+        index = DiffusionPipeline.load_config(path, **where)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise UserError(
+                f"{path} is not a diffusers pipeline, it has no readable model_index.json: give the folder that the "
+                "pipeline's save_pretrained wrote, not one of its components."
+            ) from None
+        raise UserError(f"{path} is no folder, and as a Hub id it cannot be read: {_reason(error)}") from error
+    if index.get("transformer", [None])[0] is None:
+        has = "a UNet" if "unet" in index else "no transformer"
+        raise UserError(
+            f"{path} cannot be a teacher: {index.get('_class_name')} has {has} instead of a flow-matching transformer."
+        )
+    absent = {name: None for name, component in index.items() if component == [None, None]}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, dtype=dtype, **where, **absent)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not load as a diffusers pipeline: {_reason(error)}") from error
+    check_flow_matching(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def move_all_but_transformer(pipeline, device) -> None:
+    """Text encoders and VAE to `device`: they are needed before training and for decoding only."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name != "transformer":
+            component.to(device)
+
+
+@dataclass
+class Networks:
+    """The three networks of a score distillation. All run in eval mode (no dropout), as the teacher does.
+
+    Attributes:
+        teacher: frozen; gradient passes through it to its input, never into its parameters.
+        generator: the student.
+        fake_score: follows the distribution of what the generator makes.
+    """
+
+    teacher: torch.nn.Module
+    generator: torch.nn.Module
+    fake_score: torch.nn.Module
+
+    @classmethod
+    def from_teacher(cls, teacher: torch.nn.Module) -> "Networks":
+        """Generator and fake score as float32 copies of `teacher`, which is itself frozen and made float32.
+
+        All three have one precision, because training follows small differences between their predictions. Autocast
+        still serves all three.
+        """
+        teacher.eval().float().requires_grad_(False)
+        return cls(teacher, *(copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)))
+
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """The networks that a checkpoint has to hold, by name."""
+        return {"generator": self.generator, "fake_score": self.fake_score}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, in all three: gradient also passes through the frozen ones."""
+        for network in (self.teacher, self.generator, self.fake_score):
+            network.enable_gradient_checkpointing()
+
+    @contextlib.contextmanager
+    def training(self, name: str):
+        """Only the network called `name` ("generator" or "fake_score") can receive gradient inside this context.
+
+        Keep the backward pass inside too: with gradient checkpointing the forward pass is run again there.
+        """
+        other = {"generator": self.fake_score, "fake_score": self.generator}[name]
+        other.requires_grad_(False)
+        try:
+            yield getattr(self, name)
+        finally:
+            other.requires_grad_(True)

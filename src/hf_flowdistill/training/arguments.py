@@ -1,0 +1,68 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Command lines: files of arguments, shown defaults, and mistakes told in one sentence."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from hf_flowdistill.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser with `--config FILE.yaml`: a mapping of argument names to values.
+
+    The command line wins over the file. Every mistake is a `UserError`. The help shows the defaults.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="more arguments, one 'name: value' per line")
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names."""
+        args = sys.argv[1:] if args is None else list(args)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.error = self.error
+        finder.add_argument("--config")
+        path = finder.parse_known_args(args)[0].config
+        return super().parse_args(args if path is None else self._words_of(path) + args, namespace)
+
+    def _words_of(self, path: str) -> list[str]:
+        """A config file as the words of a command line, so that types and choices are checked alike."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"the config file {path} cannot be read: {' '.join(str(error).split())}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"the config file {path} must hold one 'name: value' per line.")
+        flags = {action.dest: action.option_strings[0] for action in self._actions}
+        unknown = ", ".join(str(name) for name in values if name not in flags)
+        if unknown:
+            raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")
+        return [word for name, value in values.items() for word in _words(flags[name], value)]
+
+
+def _words(flag: str, value) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=44, width=119)
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False or action.default in ("", [], {}, argparse.SUPPRESS)
+        return action.help if hidden or "%(default" in action.help else action.help + " (default: %(default)s)"

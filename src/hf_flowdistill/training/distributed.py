@@ -1,0 +1,105 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Several processes that compute what one process would.
+
+Nothing here keeps a random state. Every draw is keyed by (seed, step, purpose, global sample index), so a resumed run,
+a run on another number of processes and a run with other accumulation draw the same numbers for the same samples.
+"""
+
+import hashlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from hf_flowdistill.errors import UserError
+
+
+def stream_seed(*key) -> int:
+    """A 63-bit seed that changes with every part of `key` (integers and strings)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def global_indices(micro_batch: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> range:
+    """Which samples of the step's global batch this process handles in this micro-batch."""
+    start = (micro_batch * world_size + rank) * batch_size
+    return range(start, start + batch_size)
+
+
+def sample_noise(shape, *, seed: int, step: int, purpose: str, indices, device="cpu", dtype=torch.float32):
+    """Standard normal noise of shape [len(indices), *shape], one independent stream per sample.
+
+    `shape` is the shape of one sample. The numbers are drawn on the CPU in float32, so they do not depend on the
+    device, on `dtype`, or on how the global batch is divided among processes and micro-batches.
+    """
+    generator = torch.Generator()
+    samples = [
+        torch.randn(shape, generator=generator.manual_seed(stream_seed(seed, step, purpose, index)))
+        for index in indices
+    ]
+    return torch.stack(samples).to(device=device, dtype=dtype)
+
+
+def draw_k(seed: int, step: int, num_steps: int) -> int:
+    """The sampler step that carries gradient in this training step: uniform in 1..num_steps, the same everywhere.
+
+    Processes with different k would run different numbers of forward passes.
+    """
+    return 1 + stream_seed(seed, step, "k") % num_steps
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of `tensor` over all processes (in place; the tensor itself on one process)."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def all_ranks_agree(flag: bool, device="cpu") -> bool:
+    """True only if `flag` is true on every process."""
+    if not is_distributed():
+        return flag
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return bool(vote)
+
+
+def average_gradients(parameters, bucket_elements: int = 2**25) -> None:
+    """Replace every gradient by its mean over processes; nothing to do on one process.
+
+    Gradients travel in flat buckets of at most about `bucket_elements` values, so that many small tensors cost few
+    messages. A parameter without a gradient has none on any process, since all run the same graph.
+    """
+    if not is_distributed():
+        return
+    bucket, size = [], 0
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for i, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        size += gradient.numel()
+        last = i + 1 == len(gradients)
+        if last or size + gradients[i + 1].numel() > bucket_elements or gradients[i + 1].dtype != gradient.dtype:
+            flat = mean_over_ranks(torch.cat([g.flatten() for g in bucket]))
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(mean.view_as(g))
+            bucket, size = [], 0
+
+
+def check_world_size(num_processes: int) -> None:
+    """Stop a run whose processes do not see each other: each would train alone and write over the others.
+
+    Raises:
+        UserError: if the launcher started another number of processes than the run counts.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes but this one counts {num_processes}: "
+            "launch on machines with one accelerator per process, or without accelerators on all of them."
+        )

@@ -1,0 +1,49 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Two processes compute what one does."""
+
+import math
+
+import pytest
+from training_helpers import (
+    SCRIPT,
+    largest_difference,
+    metrics,
+    networks_in,
+    run_command,
+    run_here,
+    saved_teacher,
+    script_arguments,
+)
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.training.distributed import check_world_size
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT)
+
+
+def test_two_processes_are_one(tmp_path):
+    """Three steps of 1 image x 2 micro-batches x 2 processes, and of 2 images x 2 micro-batches."""
+    run_command(*TORCHRUN, *script_arguments(tmp_path / "two", train_batch_size=1, max_train_images=12))
+    run_here(*script_arguments(tmp_path / "one", max_train_images=12))
+    one, two = networks_in(tmp_path / "one" / "checkpoint-12"), networks_in(tmp_path / "two" / "checkpoint-12")
+    teacher = load_pipeline(saved_teacher("stable_diffusion_3")).transformer.state_dict()
+    for role in ("generator", "fake_score"):
+        moved = {f"{role}.{name}": tensor for name, tensor in teacher.items()}
+        assert largest_difference({name: one[name] for name in moved}, moved) > 1e-3
+    assert largest_difference(one, two) < 2e-6
+
+    lines_one, lines_two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(lines_one) == len(lines_two) == 3
+    for first, second in zip(lines_one, lines_two):
+        for name in first.keys() - {"images_per_second"}:
+            assert math.isclose(first[name], second[name], rel_tol=1e-3, abs_tol=1e-6), name
+
+
+def test_processes_that_do_not_see_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world_size(2)
+    with pytest.raises(UserError, match="started 2 processes but this one counts 1"):
+        check_world_size(1)

@@ -1,0 +1,88 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline
+from training_helpers import quiet, saved_teacher
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer
+
+
+@pytest.fixture
+def networks():
+    return Networks.from_teacher(tiny_pipelines.stable_diffusion_3().transformer)
+
+
+def test_loading_is_diffusers_own():
+    with quiet():
+        pipeline = load_pipeline(saved_teacher("stable_diffusion_3"))
+    assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
+    expected = tiny_pipelines.stable_diffusion_3().transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.transformer.state_dict().items())
+
+
+def test_absent_components_stay_absent(tmp_path):
+    """diffusers wants to be told again about SD3's text encoder that is not there."""
+    with quiet():
+        tiny_pipelines.stable_diffusion_3(with_t5=False).save_pretrained(tmp_path)
+        pipeline = load_pipeline(tmp_path)
+    assert pipeline.text_encoder_3 is None and pipeline.tokenizer_3 is None and pipeline.text_encoder is not None
+
+
+def test_the_hub_is_asked_for_ids_only(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network\nand more lines")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", no_network)
+    with pytest.raises(
+        UserError, match="someone/something is no folder, and as a Hub id it cannot be read: no network$"
+    ):
+        load_pipeline("someone/something")
+    for path in ("nowhere", "./nowhere", "/no/where/at/all", "~/nowhere"):
+        with pytest.raises(UserError, match="does not exist: give a diffusers pipeline folder or a Hub id"):
+            load_pipeline(path)
+
+
+def test_three_networks_with_one_start(networks):
+    states = [network.state_dict() for network in (networks.teacher, networks.generator, networks.fake_score)]
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in states[0])
+    pointers = {
+        p.data_ptr() for n in (networks.teacher, networks.generator, networks.fake_score) for p in n.parameters()
+    }
+    assert len(pointers) == 3 * len(list(networks.teacher.parameters()))
+    assert not any(p.requires_grad for p in networks.teacher.parameters())
+    assert all(p.requires_grad for network in networks.trained().values() for p in network.parameters())
+    assert not any(m.training for n in (networks.teacher, *networks.trained().values()) for m in n.modules())
+
+
+def test_half_precision_weights_are_trained_in_float32():
+    networks = Networks.from_teacher(tiny_pipelines.stable_diffusion_3(dtype=torch.bfloat16).transformer)
+    for network in (networks.teacher, networks.generator, networks.fake_score):
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "other"), [("generator", "fake_score"), ("fake_score", "generator")])
+def test_one_network_trains_at_a_time(networks, name, other):
+    def trainable(role):
+        return {p.requires_grad for p in getattr(networks, role).parameters()}
+
+    with pytest.raises(RuntimeError, match="in the middle"), networks.training(name) as network:
+        assert network is getattr(networks, name)
+        assert (trainable(name), trainable(other), trainable("teacher")) == ({True}, {False}, {False})
+        raise RuntimeError("in the middle")
+    assert (trainable(name), trainable(other), trainable("teacher")) == ({True}, {True}, {False})
+
+
+def test_gradient_checkpointing_reaches_all_three(networks):
+    networks.enable_gradient_checkpointing()
+    for network in (networks.teacher, networks.generator, networks.fake_score):
+        assert network.is_gradient_checkpointing
+
+
+def test_moving_leaves_the_transformer():
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    move_all_but_transformer(pipeline, "meta")
+    assert pipeline.transformer.device.type == "cpu"
+    assert {pipeline.vae.device.type, pipeline.text_encoder.device.type} == {"meta"}

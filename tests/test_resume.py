@@ -1,0 +1,89 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Stopping, going on and being killed, through the real script and the real launcher: the bits are the same."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, script_arguments
+
+from hf_flowdistill.training.checkpointing import latest_checkpoint
+
+
+CONFIG = SCRIPT.parent / "accelerate_configs" / "cpu.yaml"
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Four steps of four images in one go."""
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_command(*LAUNCH, *script_arguments(output_dir, max_train_images=16))
+    return output_dir
+
+
+def same_bits(first, second):
+    """Compare two checkpoints: networks, optimizers and state."""
+    networks, others = networks_in(first), networks_in(second)
+    assert networks.keys() == others.keys()
+    assert all(torch.equal(networks[name], others[name]) for name in networks)
+    optimizers, others = optimizers_in(first), optimizers_in(second)
+    for name, optimizer in optimizers.items():
+        assert optimizer["param_groups"] == others[name]["param_groups"]
+        for index, state in optimizer["state"].items():
+            assert all(torch.equal(state[key], others[name]["state"][index][key]) for key in state)
+    assert Path(first, "state.json").read_text() == Path(second, "state.json").read_text()
+
+
+def same_metrics(first, second):
+    def lines(output_dir):
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(output_dir)]
+
+    assert lines(first) == lines(second)
+
+
+def test_four_steps_are_two_and_two_more(uninterrupted, tmp_path):
+    output_dir = tmp_path / "run"
+    run_command(*LAUNCH, *script_arguments(output_dir, max_train_images=8))
+    run_command(*LAUNCH, *script_arguments(output_dir, max_train_images=16, resume_from_checkpoint="latest"))
+    same_bits(uninterrupted / "checkpoint-16", output_dir / "checkpoint-16")
+    same_metrics(uninterrupted, output_dir)
+    first, last = networks_in(output_dir / "checkpoint-4"), networks_in(output_dir / "checkpoint-16")
+    assert all(
+        not torch.equal(first[f"{n}.proj_out.weight"], last[f"{n}.proj_out.weight"]) for n in ("ema", "generator")
+    )
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from hf_flowdistill.training import checkpointing
+from score_distillation.train_sid_dit import main
+
+save = checkpointing.save_model
+
+def save_half(network, file):
+    save(network, file)
+    if "checkpoint-12" in file and "fake_score" in file:
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpointing.save_model = save_half
+main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_a_checkpoint(uninterrupted, tmp_path):
+    output_dir = tmp_path / "run"
+    arguments = script_arguments(output_dir, max_train_images=16, checkpoints_total_limit=1)
+    killed = run_command("-c", KILLED_WHILE_SAVING, *arguments, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (output_dir / "checkpoint-12.tmp").is_dir()
+    assert latest_checkpoint(output_dir) == output_dir / "checkpoint-8"
+    assert len(metrics(output_dir)) == 3
+
+    run_command(SCRIPT, *arguments, "--resume_from_checkpoint=latest")
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-16"]
+    same_bits(uninterrupted / "checkpoint-16", output_dir / "checkpoint-16")
+    same_metrics(uninterrupted, output_dir)

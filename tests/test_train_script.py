@@ -1,0 +1,265 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The training script on tiny pipelines: what it writes, what it refuses, what does not change its result."""
+
+import math
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
+from score_distillation import train_sid_dit
+from training_helpers import (
+    ROOT,
+    SCRIPT,
+    folder,
+    largest_difference,
+    metrics,
+    networks_in,
+    prompt_file,
+    run_here,
+    saved_teacher,
+    script_arguments,
+)
+
+from hf_flowdistill.errors import UserError, exit_on_user_error
+
+
+@pytest.mark.parametrize("teacher", ["stable_diffusion_3", "sana", "flux"])
+def test_two_steps_of_every_teacher(teacher, tmp_path):
+    """One run each; nothing in the script knows which class it is."""
+    sheets = ["--validation_prompts", "red circle", "blue square", "--num_validation_images=3"]
+    arguments = script_arguments(
+        tmp_path / "run", *sheets, teacher=teacher, validation_images=4, report_to="tensorboard"
+    )
+    run_here(*arguments, "--checkpoints_total_limit=1", "--gradient_checkpointing")
+
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {"checkpoint-8", "logs", "metrics.jsonl", "student", "validation"}
+    assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
+    lines = metrics(tmp_path / "run")
+    assert [line["images_seen"] for line in lines] == [4, 8]
+    numbers = [value for line in lines for value in line.values()]
+    assert all(math.isfinite(number) for number in numbers)
+    for name in ("x0_gap", "generator_grad_norm", "fake_score_grad_norm", "x0_std", "teacher_latent_std"):
+        assert all(line[name] > 0 for line in lines), name
+    assert any((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+
+    average = load_file(tmp_path / "run" / "checkpoint-8" / "ema.safetensors")
+    student = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = load_file(saved_teacher(teacher) / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert largest_difference(student, {name: average[name] for name in student}) == 0
+    trained = [name for name in start if name.endswith("to_q.weight")]
+    assert trained and not any(torch.equal(student[name], start[name]) for name in trained)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    """Three steps of one image x 4 micro-batches, and of four images x 1, draw the same for the same samples."""
+    shapes = {"many": (1, 4), "one": (4, 1)}
+    for name, (batch, accumulation) in shapes.items():
+        run_here(
+            *script_arguments(
+                tmp_path / name,
+                train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                max_train_images=12,
+                checkpointing_images=12,
+            )
+        )
+    many, one = (networks_in(tmp_path / name / "checkpoint-12") for name in shapes)
+    assert largest_difference(many, one) < 2e-6
+    for first, second in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one")):
+        for name in first.keys() - {"images_per_second"}:
+            assert math.isclose(first[name], second[name], rel_tol=1e-3, abs_tol=1e-6), name
+
+
+def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
+    """A NaN leaves both networks where they were, is counted, and ends the run when it keeps coming."""
+    generator_turn = train_sid_dit.generator_turn
+
+    def sometimes_nan(networks, contract, batch, config):
+        loss, diagnostics = generator_turn(networks, contract, batch, config)
+        return loss * (math.nan if next(calls) in failing else 1), diagnostics
+
+    monkeypatch.setattr(train_sid_dit, "generator_turn", sometimes_nan)
+    calls, failing = iter(range(100)), {3}  # one micro-batch of the second step
+    run_here(*script_arguments(tmp_path / "once", max_train_images=12))
+    lines = metrics(tmp_path / "once")
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 1]
+    assert lines[1]["generator_loss"] is None and lines[1]["generator_grad_norm"] is None
+    before, after, later = (networks_in(tmp_path / "once" / f"checkpoint-{images}") for images in (4, 8, 12))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"ema", "fake_score"}
+    assert any(not torch.equal(after[name], later[name]) for name in after if name.startswith("generator"))
+
+    calls, failing = iter(range(100)), set(range(100))
+    with pytest.raises(SystemExit, match="not finite in 5 steps in a row, up to 20 images: lower the learning rate"):
+        run_here(*script_arguments(tmp_path / "always", max_train_images=40))
+
+
+def write(name, text):
+    path = folder() / name
+    path.write_text(text)
+    return path
+
+
+def broken_teacher(name, *removed):
+    path = folder() / f"broken-{name}"
+    shutil.copytree(saved_teacher(name), path, dirs_exist_ok=True)
+    for file in removed:
+        (path / file).unlink()
+    return path
+
+
+REFUSED = {
+    "no such teacher": (lambda: {"pretrained_model_name_or_path": "./nowhere"}, "nowhere does not exist: give"),
+    "no teacher": (lambda: {"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
+    "not a pipeline": (lambda: {"pretrained_model_name_or_path": folder()}, "is not a diffusers pipeline, it has no"),
+    "a component": (
+        lambda: {"pretrained_model_name_or_path": saved_teacher("stable_diffusion_3") / "transformer"},
+        "is not a diffusers pipeline, it has no readable model_index.json",
+    ),
+    "weights missing": (
+        lambda: {"pretrained_model_name_or_path": broken_teacher("flux", "vae/diffusion_pytorch_model.safetensors")},
+        "does not load as a diffusers pipeline: Error no file named diffusion_pytorch_model",
+    ),
+    "a UNet": (
+        lambda: {"pretrained_model_name_or_path": saved_teacher("stable_diffusion")},
+        "StableDiffusionPipeline has a UNet instead of a flow-matching transformer",
+    ),
+    "not flow matching": (
+        lambda: {"pretrained_model_name_or_path": saved_teacher("pixart")},
+        "PixArtAlphaPipeline is not a flow-matching pipeline: its scheduler, DDIMScheduler, takes a network that",
+    ),
+    "resolution": (lambda: {"resolution": 30}, r"height.*30"),
+    "a negative size": (lambda: {"height": -32}, "--height is -32: it must be at least 1"),
+    "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
+    "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),
+    "weighting": (lambda: {"weighting": "2-sigma"}, "unknown weighting '2-sigma': choose one of '1-sigma'"),
+    "noise type": (lambda: {"noise_type": "stale"}, "argument --noise_type: invalid choice: 'stale'"),
+    "not a number": (lambda: {"alpha": "big"}, "argument --alpha: invalid float value: 'big'"),
+    "unknown argument": (lambda: {"learning_speed": 1}, "unrecognized arguments: --learning_speed=1"),
+    "no object": (lambda: {"pipeline_kwargs": "[1]"}, "--pipeline_kwargs must be a JSON object"),
+    "unknown pipeline argument": (
+        lambda: {"pipeline_kwargs": '{"colour": 1}'},
+        "pipeline_kwargs has 'colour', which is no argument of StableDiffusion3Pipeline",
+    ),
+    "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose one of all"),
+    "token and wandb": (
+        lambda: {"report_to": "wandb", "hub_token": "hf_x"},
+        "--hub_token would be stored with",
+    ),
+    "no checkpoint": (
+        lambda: {"resume_from_checkpoint": "checkpoint-3"},
+        "there is no checkpoint checkpoint-3: .*none",
+    ),
+    "no config": (lambda: {"config": "nowhere.yaml"}, "config file nowhere.yaml cannot be read"),
+    "a config of words": (lambda: {"config": write("words.yaml", "fast")}, "words.yaml must hold one 'name: value'"),
+    "unknown argument in a config": (
+        lambda: {"config": write("typo.yaml", "alpha: 1\nlearning_speed: 1\n")},
+        "typo.yaml has unknown arguments: learning_speed ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_sentence_before_any_work(case, tmp_path, monkeypatch):
+    changes, sentence = REFUSED[case]
+    monkeypatch.setattr(train_sid_dit.Networks, "from_teacher", pytest.fail)
+    with pytest.raises(UserError, match=sentence) as error:
+        run_here(*script_arguments(tmp_path / "run", **changes()))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_way_to_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="the Hub does not let us in.*no network.*or leave out --push_to_hub"):
+        run_here(*script_arguments(tmp_path / "run", "--push_to_hub", hub_model_id="someone/something"))
+
+
+def test_an_output_folder_belongs_to_one_run(tmp_path):
+    output_dir = tmp_path / "run"
+    run_here(*script_arguments(output_dir, max_train_images=4))
+    with pytest.raises(UserError, match="is not empty: choose another --output_dir, or go on with"):
+        run_here(*script_arguments(output_dir))
+    changed = {"seed": 1, "alpha": 1.2, "train_batch_size": 1, "lr_scheduler": "cosine", "prompt_file": None}
+    changed["prompt_file"] = write("others.txt", "green ring\n")
+    with pytest.raises(UserError, match="from a run with other settings, ") as error:
+        run_here(*script_arguments(output_dir, resume_from_checkpoint="latest", **changed))
+    parts = ["alpha (was 1.0, now 1.2)", "images_per_update (was 4, now 2)", "seed (was 0, now 1)", "prompts (was "]
+    for part in [*parts, "lr_scheduler (was 'constant', now 'cosine')"]:
+        assert part in str(error.value)
+    (output_dir / "checkpoint-4" / "fake_score.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="checkpoint-4 cannot be read .*: resume from an earlier one"):
+        run_here(*script_arguments(output_dir, resume_from_checkpoint="latest"))
+    shutil.rmtree(output_dir / "checkpoint-4")
+    run_here(*script_arguments(output_dir, resume_from_checkpoint="latest", max_train_images=4))
+    assert [line["images_seen"] for line in metrics(output_dir)] == [4]
+
+
+def test_exit_code_and_stderr(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(train_sid_dit.main)(["--weighting=1"])
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "error: --pretrained_model_name_or_path is missing.\n"
+
+
+def test_help_reads_well(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train_sid_dit.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("teacher and prompts:", "method (", "optimization (", "output:", "(default: 1e-06)", "(default: 0.9"):
+        assert part in text
+    assert "None" not in text and max(map(len, text.splitlines())) <= 119
+
+
+def test_config_file_and_command_line():
+    flags = "gradient_checkpointing: true\npush_to_hub: false\n"
+    config = write("config.yaml", f"learning_rate: 3e-4\nalpha: 1.2\n{flags}")
+    lists = "validation_prompts: [a red circle, 'a: b']\npipeline_kwargs: {clip_skip: 1}\nseed: null\n"
+    lists = write("lists.yaml", lists)
+    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}", "--report_to=none"]
+    args = train_sid_dit.parse_args([*common, f"--config={config}", "--alpha=1.5", "--teacher_guidance_scale=2"])
+    assert (args.learning_rate, args.fake_score_learning_rate, args.alpha) == (3e-4, 3e-4, 1.5)
+    assert (args.fake_guidance_scale, args.fake_train_guidance_scale) == (2, 2)
+    assert args.gradient_checkpointing and not args.push_to_hub
+    args = train_sid_dit.parse_args([*common, "--config", str(lists), "--max_sequence_length=7"])
+    assert args.validation_prompts == ["a red circle", "a: b"] and args.seed == 0
+    assert args.pipeline_kwargs == {"clip_skip": 1, "max_sequence_length": 7}
+
+
+def test_defaults_are_the_papers():
+    """SiD-DiT, Table 4, SiD-DiT with AMP; Eq. 15; Eq. 18."""
+    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=x", "--prompt_file=x", "--report_to=none"])
+    assert (args.learning_rate, args.fake_score_learning_rate) == (1e-6, 1e-6)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0, 0.999, 1e-8, None)
+    assert (args.num_steps, args.noise_type, args.alpha) == (4, "fresh", 1)
+    assert (args.weighting, args.loss_scale) == ("1-sigma", 100)
+    assert args.teacher_guidance_scale == args.fake_guidance_scale == args.fake_train_guidance_scale == 4.5
+    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 256
+    assert (args.resolution, args.lr_scheduler, args.lr_warmup_images) == (1024, "constant", 0)
+
+
+def commands_in(readme):
+    """The words of every command in the README's code blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(), flags=re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_commands_of_the_readme_are_accepted(monkeypatch):
+    """All but what has to be downloaded: files that they name exist, and arguments are arguments."""
+    monkeypatch.chdir(ROOT)
+    commands = [words for words in commands_in(SCRIPT.with_name("README.md")) if SCRIPT.name in " ".join(words)]
+    assert len(commands) >= 4
+    for words in commands:
+        assert words[:2] == ["accelerate", "launch"]
+        script = words.index(str(SCRIPT.relative_to(ROOT)))
+        launch = launch_command_parser().parse_args(words[2 : script + 1])
+        assert launch.config_file is None or (ROOT / launch.config_file).is_file()
+        train_sid_dit.parse_args(words[script + 1 :])
