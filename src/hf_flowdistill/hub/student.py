@@ -1,0 +1,114 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a student is beside its weights: its sampler, its pipeline.py, its settings."""
+
+import ast
+import copy
+import importlib.util
+import inspect
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.rollout import NOISE_TYPES
+
+
+SETTINGS_FILE = "training_args.json"
+
+
+def student_scheduler(num_steps, noise_type="fresh", num_train_timesteps=1000) -> FlowMatchEulerDiscreteScheduler:
+    """diffusers' own scheduler as the few-step sampler: sigma = 1, 1 - 1/n, ..., 1/n, then 0, for n = `num_steps`.
+
+    It does so for pipelines that give it a number of steps and for those that give it their own evenly spaced sigmas.
+    "ddim" keeps the noise that each x0 was found with, which is an Euler step; otherwise noise is drawn in every step.
+    """
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=num_train_timesteps,
+        shift=1.0,
+        # A schedule of one step cannot be stretched to its end: diffusers would divide 0 by 0.
+        shift_terminal=1 / num_steps if num_steps > 1 else None,
+        stochastic_sampling=noise_type != "ddim",
+    )
+
+
+def render_pipeline(pipeline_class, noise_type, call_defaults, absent_components=()) -> str:
+    """The text of pipeline.py: hub/pipeline_template.py with the stock class and what the student needs filled in.
+
+    Raises:
+        UserError: if the call of `pipeline_class` does not take an argument in `call_defaults`, if a value there is
+            not plain data, or if `noise_type` is unknown.
+    """
+    name = pipeline_class.__name__
+    accepted = inspect.signature(pipeline_class.__call__).parameters
+    for argument, value in call_defaults.items():
+        if argument not in accepted:
+            raise UserError(f"{name} takes no argument {argument!r}: leave it out of the pipeline's arguments.")
+        if not _is_literal(value):
+            raise UserError(f"{argument}={value!r} cannot be a default of pipeline.py: give numbers, text or lists.")
+    if noise_type not in NOISE_TYPES:
+        raise UserError(f"{noise_type!r} is no noise type: choose one of {', '.join(NOISE_TYPES)}.")
+    code = Path(__file__).with_name("pipeline_template.py").read_text(encoding="utf-8")
+    for line, replacement in {
+        "from diffusers import .* as StockPipeline": f"from diffusers import {name} as StockPipeline",
+        "NOISE_TYPE = .*": f"NOISE_TYPE = {noise_type!r}",
+        "CALL_DEFAULTS = .*": f"CALL_DEFAULTS = {call_defaults!r}",
+        "ABSENT_COMPONENTS = .*": f"ABSENT_COMPONENTS = {[str(part) for part in absent_components]!r}",
+    }.items():
+        code, count = re.subn(f"^{line}$", lambda match, text=replacement: text, code, flags=re.MULTILINE)
+        if count != 1:
+            raise RuntimeError(f"pipeline_template.py has {count} lines of the form {line!r} instead of one.")
+    return code
+
+
+def _is_literal(value) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
+def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
+    """What the export wrote into training_args.json of a student's folder or Hub repository; None if there is none."""
+    file = Path(path) / SETTINGS_FILE
+    if not Path(path).exists():
+        try:
+            file = Path(hf_hub_download(str(path), SETTINGS_FILE, revision=revision, cache_dir=cache_dir))
+        except (EntryNotFoundError, OSError, ValueError):  # Loading the pipeline will say what is wrong.
+            return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(settings, dict) and str(settings.get("exported_by", "")).startswith("hf_flowdistill")
+    return settings if ours else None
+
+
+def few_step_pipeline(pipeline, settings):
+    """`pipeline`, loaded with the stock class, as its own pipeline.py would have it: without running code from there.
+
+    It shares its components with `pipeline`. Its call takes the student's defaults, any number of steps, and one
+    generator or a list of them as its only source of randomness.
+
+    Args:
+        settings: of the student, from `read_settings`.
+    """
+    student = settings["student"]
+    code = render_pipeline(
+        type(pipeline), student["noise_type"], student["call_defaults"], student["absent_components"]
+    )
+    folder = tempfile.TemporaryDirectory(prefix="hf_flowdistill-")
+    file = Path(folder.name, "pipeline.py")
+    file.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("hf_flowdistill_student", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.FewStepPipeline.source_folder = folder  # The file lives as long as the class, which copies it when saved.
+    few_step = copy.copy(pipeline)
+    few_step.__class__ = module.FewStepPipeline
+    return few_step
