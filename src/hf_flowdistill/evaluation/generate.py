@@ -19,7 +19,14 @@ class Generated:
 
 
 def generate(
-    pipeline, prompts: list[str], *, num_steps: int, guidance_scale: float, seed: int = 0, batch_size: int = 100, **call
+    pipeline,
+    prompts: list[str],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    seed: int = 0,
+    batch_size: int = 100,
+    **call,
 ) -> Generated:
     """Run a pipeline over prompts; picture i is drawn from seed + i, whatever the batch size.
 
@@ -41,9 +48,13 @@ def generate(
             part = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
             output = pipeline(
-                part, num_inference_steps=num_steps, guidance_scale=guidance_scale, generator=generators,
-                output_type="pt", **call,
-            )  # fmt: skip
+                part,
+                num_inference_steps=num_steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="pt",
+                **call,
+            )
             images.append(output.images.float().cpu())
     finally:
         handle.remove()

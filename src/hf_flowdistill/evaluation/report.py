@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def row(pipeline, num_steps, guidance_scale, generated, accuracy, accuracy_by_category, fid) -> dict:
-    """One row. `pipeline` is `teacher`, `undistilled` (the teacher's network under the student's sampler) or `student`."""
+    """One row. `pipeline` is "teacher", "undistilled" (its network under the student's sampler) or "student"."""
     return {
         "pipeline": pipeline,
         "num_steps": num_steps,
@@ -30,13 +30,21 @@ def format_table(rows: list[dict]) -> str:
     header = ["pipeline", "steps", "guidance", "accuracy", *categories, "FID", "forwards/image", "ms/image"]
     lines = [
         [
-            r["pipeline"], str(r["num_steps"]), f"{r['guidance_scale']:g}", f"{r['accuracy']:.3f}",
+            r["pipeline"],
+            str(r["num_steps"]),
+            f"{r['guidance_scale']:g}",
+            f"{r['accuracy']:.3f}",
             *(f"{r['accuracy_by_category'][name]:.2f}" for name in categories),
-            f"{r['fid']:.1f}", f"{r['forwards_per_image']:g}", f"{1000 * r['seconds_per_image']:.1f}",
+            f"{r['fid']:.1f}",
+            f"{r['forwards_per_image']:g}",
+            f"{1000 * r['seconds_per_image']:.1f}",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(header, *lines)]
     rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
-    lines = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in [header, rule, *lines]]
+    lines = [
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        for line in [header, rule, *lines]
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

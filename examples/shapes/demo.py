@@ -1,0 +1,233 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Distil the shapes teacher, compare the student with its teacher and with what could refute it, and draw the result.
+
+    python examples/shapes/demo.py
+
+Writes, in --output_dir: run/ (the training, with the student in run/student), report.json, grid.png and curve.png.
+Run again after an interruption, it goes on where it stopped.
+"""
+
+import argparse
+import copy
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors.torch import load_model
+
+from detector import accuracy
+from features import FeatureNetwork
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.evaluation.fid import FID
+from hf_flowdistill.evaluation.generate import generate
+from hf_flowdistill.evaluation.report import format_table, row, save_report
+from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.training.checkpointing import checkpoints
+from scenes import CATEGORIES, random_scene, render
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+CALL = {"max_sequence_length": 1}
+GRID_PROMPTS = (
+    "a circle",
+    "a yellow triangle",
+    "a square and a triangle",
+    "a green circle and a purple square",
+    "two blue squares",
+    "three red circles",
+    "a blue triangle left of a yellow circle",
+    "a red square above a green triangle",
+)
+
+
+def train(run: Path, config: Path, more: list[str]) -> float:
+    """Run the training script through the launcher and return its wall-clock minutes (0 if it was done already)."""
+    if (run / "student" / "model_index.json").exists():
+        return 0.0
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+        "examples/score_distillation/train_sid_dit.py",
+        "--config",
+        str(config),
+        "--output_dir",
+        str(run),
+        "--resume_from_checkpoint",
+        "latest",
+        *more,
+    ]
+    started = time.time()
+    code = subprocess.run(command, cwd=REPOSITORY).returncode
+    if code:
+        sys.exit(code)
+    return (time.time() - started) / 60
+
+
+class Judge:
+    """Everything a set of pictures is compared with: the prompts, the detector and real renders."""
+
+    def __init__(self, count: int, seed: int):
+        rng = random.Random(seed)
+        self.seed = seed
+        self.scenes = [random_scene(rng) for _ in range(count)]
+        self.prompts = [scene.prompt for scene in self.scenes]
+        self.fid = FID(FeatureNetwork.load(HERE / "features.safetensors"), render(self.scenes * 2, rng))
+
+    def __call__(self, name, pipeline, num_steps, guidance_scale):
+        """One row of the report for one pipeline."""
+        generated = generate(
+            pipeline, self.prompts, num_steps=num_steps, guidance_scale=guidance_scale, seed=self.seed, **CALL
+        )
+        return row(
+            name,
+            num_steps,
+            guidance_scale,
+            generated,
+            *accuracy(self.scenes, generated.images),
+            self.fid(generated.images),
+        )
+
+
+def load_pipelines(teacher_dir: Path, student_dir: Path) -> dict:
+    """The teacher; its untrained network under the student's sampler; the student with its own pipeline class."""
+    teacher, student = (DiffusionPipeline.from_pretrained(folder) for folder in (teacher_dir, student_dir))
+    settings = read_settings(student_dir)
+    undistilled = copy.copy(student)
+    undistilled.register_modules(transformer=teacher.transformer)
+    return {
+        "teacher": teacher,
+        "undistilled": few_step_pipeline(undistilled, settings),
+        "student": few_step_pipeline(student, settings),
+    }
+
+
+def load_average(network, checkpoint: Path):
+    """A copy of `network` with the averaged generator of a checkpoint in it."""
+    network = copy.deepcopy(network)
+    load_model(network, checkpoint / "ema.safetensors")
+    return network
+
+
+def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3) -> None:
+    """Labelled rows, the same prompts and seeds in each."""
+    size, left, top = 40 * scale, 150, 46
+    sheet = Image.new("RGB", (left + len(GRID_PROMPTS) * (size + 6), top + len(rows) * (size + 6)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(GRID_PROMPTS):
+        words, lines = prompt.split(), [""]
+        for word in words:
+            longer = f"{lines[-1]} {word}".strip()
+            lines = [*lines[:-1], longer] if pen.textlength(longer) <= size else [*lines, word]
+        pen.text((left + column * (size + 6), 4), "\n".join(lines), fill="black")
+    for line, (name, num_steps) in enumerate(rows):
+        guidance = guidance_scale if name == "teacher" else 1.0
+        images = generate(
+            pipelines[name], list(GRID_PROMPTS), num_steps=num_steps, guidance_scale=guidance, seed=7, **CALL
+        ).images
+        y = top + line * (size + 6)
+        pen.text((4, y + size // 2 - 6), f"{name}, {num_steps} steps", fill="black")
+        for column, image in enumerate(images):
+            picture = Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
+            sheet.paste(picture.resize((size, size), Image.Resampling.NEAREST), (left + column * (size + 6), y))
+    sheet.save(path)
+
+
+def draw_curve(run: Path, judged: list[dict], rows: list[dict], path: Path) -> None:
+    """Monitors of the training over images seen, and the student's quality at its checkpoints."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    panels, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    seen = [record["images_seen"] for record in records]
+    for name, axis in (("x0_gap", axes[0]), ("fake_score_error", axes[0].twinx())):
+        axis.plot(seen, [record.get(name) for record in records], color="C0" if name == "x0_gap" else "C1", lw=0.8)
+        axis.set_ylabel({"x0_gap": "mean |x0_teacher - x0_fake|", "fake_score_error": "fake-score loss"}[name])
+        axis.yaxis.label.set_color("C0" if name == "x0_gap" else "C1")
+    steps = judged[0]["num_steps"]
+    by_key = {(r["pipeline"], r["num_steps"]): r for r in rows}
+    slowest = max((r for r in rows if r["pipeline"] == "teacher"), key=lambda r: r["num_steps"])
+    for axis, name in ((axes[1], "fid"), (axes[2], "accuracy")):
+        axis.plot([j["images_seen"] for j in judged], [j[name] for j in judged], "o-", label=f"student, {steps} steps")
+        axis.axhline(slowest[name], color="C2", ls="--", label=f"teacher, {slowest['num_steps']} steps")
+        axis.axhline(by_key["teacher", steps][name], color="C3", ls=":", label=f"teacher, {steps} steps")
+        axis.set_ylabel("FID" if name == "fid" else "accuracy")
+        axis.legend(fontsize=8)
+    axes[1].set_yscale("log")
+    for axis in axes:
+        axis.set_xlabel("images seen")
+    panels.savefig(path, dpi=110)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="demo", help="where everything is written (default: demo)")
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    parser.add_argument("--num_prompts", type=int, default=2000, help="fresh prompts in the report")
+    parser.add_argument("--curve_prompts", type=int, default=500, help="fresh prompts for every point of the curve")
+    parser.add_argument("--seed", type=int, default=2026, help="of the fresh prompts and their pictures")
+    return parser.parse_known_args()
+
+
+def main():
+    args, more = parse_args()
+    if args.num_prompts < len(CATEGORIES) * 10 or args.curve_prompts < len(CATEGORIES) * 10:
+        raise UserError(f"--num_prompts and --curve_prompts must be at least {len(CATEGORIES) * 10}.")
+    output = Path(args.output_dir).resolve()
+    run = output / "run"
+    minutes = train(run, Path(args.config).resolve(), more)
+    if minutes:
+        print(f"the distillation took {minutes:.1f} minutes")
+    pipelines = load_pipelines(Path(args.teacher), run / "student")
+
+    print("judging the student along its training ...", flush=True)
+    judge, final, judged = Judge(args.curve_prompts, args.seed + 1), pipelines["student"].transformer, []
+    student = pipelines["student"]
+    for checkpoint in checkpoints(run):
+        student.register_modules(transformer=load_average(final, checkpoint))
+        images_seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
+        judged.append({"images_seen": images_seen, **judge("student", student, 4, 1.0)})
+    student.register_modules(transformer=final)
+
+    print(f"judging {args.num_prompts} fresh prompts ...", flush=True)
+    judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
+    cases = [("teacher", 28, scale)] + [("teacher", n, scale) for n in (4, 2, 1)]
+    cases += [("undistilled", n, guidance) for guidance in (scale, 1.0) for n in (4, 2, 1)]
+    cases += [("student", n, 1.0) for n in (4, 2, 1)]
+    rows = []
+    for name, num_steps, guidance in cases:
+        rows.append(judge(name, pipelines[name], num_steps, guidance))
+        print(
+            f"  {name}, {num_steps} steps: accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}", flush=True
+        )
+    save_report(rows, output / "report.json")
+    draw_grid(
+        pipelines, [("teacher", 28), ("teacher", 4), ("undistilled", 4), ("student", 4)], scale, output / "grid.png"
+    )
+    draw_curve(run, judged, rows, output / "curve.png")
+    print(f"\n{format_table(rows)}\n\nSee {output / 'grid.png'}, {output / 'curve.png'} and {output / 'report.json'}.")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

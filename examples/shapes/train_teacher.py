@@ -1,0 +1,340 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Train the shapes teacher from nothing: autoencoder, feature network for FID, then transformer and text encoders.
+
+    OMP_NUM_THREADS=1 python examples/shapes/train_teacher.py --output_dir examples/shapes/teacher
+
+Every stage is kept under `--work_dir` and skipped when it is already there; the transformer stage resumes.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from features import FeatureNetwork, train_features
+from hf_flowdistill import flow
+from hf_flowdistill.training.distributed import average_gradients, stream_seed
+from scenes import CATEGORIES, SIZE, random_scene, render
+
+
+TEXT_LENGTH = 10  # tokens: the longest prompt has eight words, between a start and an end token
+TEXT_WIDTH = 64
+NULL_TOKENS = 256  # how many zeros StableDiffusion3Pipeline appends by default for the third text encoder
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A real CLIP tokenizer whose byte-pair merges make every word of the grammar one token."""
+    rng = random.Random(0)
+    corpus = [random_scene(rng, category).prompt for category in CATEGORIES for _ in range(5000)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=TEXT_LENGTH
+    )
+
+
+def build_text_encoder(tokenizer, layers: int) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+def build_silent_encoder(width: int):
+    """The third text encoder and its tokenizer: they read nothing and say nothing. Stable Diffusion 3 runs without its
+    T5, but does not load without one; here every prompt is one end token, and every output zero."""
+    nothing = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    nothing.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
+    nothing.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=nothing, eos_token="</s>", pad_token="<pad>")
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=2, d_model=width, d_kv=8, d_ff=8, num_heads=1, num_layers=1, pad_token_id=0, eos_token_id=1
+        )
+    ).eval()
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
+
+
+def build_pipeline(args) -> StableDiffusion3Pipeline:
+    """The untrained teacher: the classes of Stable Diffusion 3, small."""
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=SIZE,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=args.num_layers,
+        attention_head_dim=32,
+        num_attention_heads=args.width // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=args.width,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=SIZE // 8,
+        qk_norm="rms_norm",
+    )
+    torch.nn.init.zeros_(transformer.proj_out.weight)  # a network that starts by predicting nothing learns sooner
+    for block in transformer.transformer_blocks:
+        torch.nn.init.zeros_(block.norm1.linear.weight)
+    silent, silent_tokenizer = build_silent_encoder(2 * TEXT_WIDTH)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        text_encoder=build_text_encoder(tokenizer, 2),
+        tokenizer=tokenizer,
+        text_encoder_2=build_text_encoder(tokenizer, 3),
+        tokenizer_2=copy.deepcopy(tokenizer),
+        text_encoder_3=silent,
+        tokenizer_3=silent_tokenizer,
+    )
+
+
+def train_vae(vae, args) -> None:
+    """Autoencoder on fresh renders: absolute error, a little KL; then latents are standardised by the config."""
+    rng, steps = random.Random(args.seed + 1), args.vae_steps
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    vae.train().to(memory_format=torch.channels_last)
+    started = time.time()
+    for step in range(steps):
+        images = render([random_scene(rng) for _ in range(16)], rng).mul(2).sub(1)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            restored = vae.decode(posterior.sample(generator)).sample
+        restored = restored.float()
+        loss = (
+            (restored - images).abs().mean()
+            + F.mse_loss(restored, images)
+            + args.kl_weight * posterior.kl().float().mean()
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(
+                f"vae {step}/{steps} loss {loss.item():.4f} mse {F.mse_loss(restored, images).item():.5f} "
+                f"kl {posterior.kl().mean().item():.1f} {time.time() - started:.0f}s",
+                flush=True,
+            )
+    vae.eval().to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        latents = vae.encode(render([random_scene(rng) for _ in range(512)], rng).mul(2).sub(1)).latent_dist.mode()
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+@torch.no_grad()
+def encode_renders(vae, count: int, seed: int):
+    """`count` fresh renders as standardised latents (float16) with their prompts."""
+    rng = random.Random(seed)
+    latents, prompts = [], []
+    for start in range(0, count, 256):
+        scenes = [random_scene(rng) for _ in range(min(256, count - start))]
+        with torch.autocast("cpu", torch.bfloat16):
+            distribution = vae.encode(render(scenes, rng).mul(2).sub(1)).latent_dist
+        latent = distribution.mode().float()
+        latents.append(((latent - vae.config.shift_factor) * vae.config.scaling_factor).half())
+        prompts += [scene.prompt for scene in scenes]
+    return torch.cat(latents), prompts
+
+
+def encode_text(pipeline, tokens):
+    """What `StableDiffusion3Pipeline.encode_prompt` computes from its two CLIP encoders, with gradient.
+
+    tokens: [B, TEXT_LENGTH]. Returns prompt_embeds [B, TEXT_LENGTH, 2 * TEXT_WIDTH] and pooled [B, 2 * TEXT_WIDTH].
+    """
+    outputs = [
+        encoder(tokens, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
+    ]
+    return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o.text_embeds for o in outputs], -1)
+
+
+def build_optimizers(networks, learning_rate):
+    """Muon for the matrices of the transformer's blocks, AdamW for the rest; Muon needs about a third of the steps."""
+    named = [(name, p) for name, p in networks.named_parameters() if p.requires_grad]
+    is_matrix = [p.ndim == 2 and "transformer_blocks" in name for name, p in named]
+    matrices = [p for (_, p), matrix in zip(named, is_matrix) if matrix]
+    rest = [p for (_, p), matrix in zip(named, is_matrix) if not matrix]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+    ]
+
+
+def train_transformer(pipeline, args) -> None:
+    """Rectified flow, x_t = (1 - sigma) x0 + sigma noise, sigma logit-normal(0, 1); 10 % of prompts dropped; text
+    encoders learn along. One batch in 16 appends null tokens, as many as
+    the stock call or one, so that any number of them will do."""
+    state_file, rank = Path(args.work_dir) / "transformer.pt", int(os.environ.get("RANK", 0))
+    latents, prompts = torch.load(Path(args.work_dir) / "latents.pt")
+    unique = sorted(set(prompts)) + [""]
+    row = {prompt: i for i, prompt in enumerate(unique)}
+    tokenized = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
+    tokens, rows = torch.tensor(tokenized), torch.tensor([row[prompt] for prompt in prompts])
+
+    networks = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
+    trainable = [p for p in networks.parameters() if p.requires_grad]
+    average, optimizers, start = [p.detach().clone() for p in trainable], build_optimizers(networks, 0.0), 0
+    if state_file.exists():
+        state = torch.load(state_file)
+        networks.load_state_dict(state["networks"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        average, start = state["average"], state["step"]
+        print(f"resumed at step {start}", flush=True)
+    transformer = torch.compile(pipeline.transformer) if args.compile else pipeline.transformer
+    generator = torch.Generator().manual_seed(stream_seed(args.seed, rank, start))
+    mean_loss, started = None, time.time()
+    for step in range(start, args.steps):
+        factor = min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        null = step % 16 == 15
+        batch = args.batch_size // 4 if null else args.batch_size
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        text = tokens[torch.where(dropped, len(unique) - 1, rows[pick])]
+        x0 = latents[pick].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = torch.randn(batch, generator=generator).sigmoid()
+        with torch.autocast("cpu", torch.bfloat16):
+            prompt_embeds, pooled = encode_text(pipeline, text)
+            if null:
+                prompt_embeds = F.pad(prompt_embeds, (0, 0, 0, NULL_TOKENS if step % 64 == 63 else 1))
+            network = pipeline.transformer if null else transformer
+            velocity = network(
+                flow.add_noise(x0, noise, sigma), prompt_embeds, pooled, 1000 * sigma, return_dict=False
+            )[0]
+        loss = F.mse_loss(velocity.float(), flow.velocity(x0, noise))
+        networks.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(trainable)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * factor
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, trainable, 1 - min(args.ema_decay, (step + 1) / (step + 10)))
+        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+        if step % 200 == 0 and rank == 0:
+            rate = (step + 1 - start) / (time.time() - started)
+            print(f"transformer {step}/{args.steps} loss {mean_loss:.4f} {rate:.2f} steps/s", flush=True)
+        if ((step + 1) % 1000 == 0 or step == args.steps - 1) and rank == 0:
+            state = {"networks": networks.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save({**state, "average": average, "step": step + 1}, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+    with torch.no_grad():
+        for parameter, value in zip(trainable, average):
+            parameter.copy_(value)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="examples/shapes/teacher", help="where the pipeline is saved")
+    parser.add_argument("--work_dir", default="runs/shapes-teacher", help="where unfinished stages are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=128, help="transformer width, a multiple of 32")
+    parser.add_argument("--num_layers", type=int, default=6, help="transformer blocks")
+    parser.add_argument("--vae_steps", type=int, default=3000, help="autoencoder steps of batch 16")
+    parser.add_argument(
+        "--kl_weight", type=float, default=2e-6, help="weight of the autoencoder's KL term (nats per image)"
+    )
+    parser.add_argument("--feature_steps", type=int, default=3000, help="feature network steps of batch 64")
+    parser.add_argument("--num_renders", type=int, default=200_000, help="renders the transformer learns from")
+    parser.add_argument("--steps", type=int, default=40_000, help="transformer steps")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
+    )
+    parser.add_argument("--ema_decay", type=float, default=0.9995)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer (needs a C++ compiler)")
+    parser.add_argument("--stages", nargs="+", default=["vae", "features", "transformer"])
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    work = Path(args.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    pipeline = build_pipeline(args)
+    if not (work / "vae").exists() and "vae" in args.stages:
+        train_vae(pipeline.vae, args)
+        pipeline.vae.save_pretrained(work / "vae")
+    if "features" in args.stages and not (work / "features.safetensors").exists():
+        train_features(FeatureNetwork(), args.feature_steps, args.seed).save(work / "features.safetensors")
+    if "transformer" in args.stages:
+        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
+        if not (work / "latents.pt").exists():
+            torch.save(encode_renders(pipeline.vae, args.num_renders, args.seed + 2), work / "latents.pt")
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group("gloo")
+        train_transformer(pipeline, args)
+        if int(os.environ.get("RANK", 0)) == 0:
+            pipeline.save_pretrained(args.output_dir)
+            pipeline.transformer.half().save_pretrained(
+                Path(args.output_dir) / "transformer"
+            )  # half the size to download
+
+
+if __name__ == "__main__":
+    main()
