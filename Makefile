@@ -1,11 +1,11 @@
 # Each target does its own set-up, on any machine with Python 3.10 or later: a virtual environment in .venv with the
 # versions of requirements/constraints.txt. The second run starts at once.
 #
-# On Linux, PyPI's torch brings several GB of CUDA packages along. Where no GPU is wanted, take the CPU build:
-#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux, PyPI's torch brings several GB of CUDA packages along, so the CPU build is taken where its index answers.
+# For the CUDA build: make demo CPU_INDEX=
 
 PYTHON ?= python3
-PIP_ARGS ?=
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2
 VENV := .venv
 READY := $(VENV)/.ready
@@ -36,5 +36,7 @@ $(READY): setup.cfg setup.py pyproject.toml requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or later is needed, this is %d.%d: choose one with make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@echo "Setting up $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/pip install -qq $(PIP_ARGS) -c requirements/constraints.txt -e '.[train,eval,dev]'
+	@$(PYTHON) -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null \
+	  && extra='--extra-index-url $(CPU_INDEX)' || extra=; \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/pip install -qq $$extra -c requirements/constraints.txt -e '.[train,eval,dev]'
 	@touch $@

@@ -3,14 +3,17 @@
 """The training script on tiny pipelines: what it writes, what it refuses, what does not change its result."""
 
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from score_distillation import train_sid_dit
 from training_helpers import (
     ROOT,
@@ -38,7 +41,7 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
     run_here(*arguments, "--checkpoints_total_limit=1", "--gradient_checkpointing")
 
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"checkpoint-8", "logs", "metrics.jsonl", "student", "validation"}
+    assert written == {"checkpoint-8", "logs", "metrics.jsonl", "run.json", "student", "validation"}
     assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
     lines = metrics(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [4, 8]
@@ -136,13 +139,16 @@ REFUSED = {
     ),
     "resolution": (lambda: {"resolution": 30}, r"height.*30"),
     "a negative size": (lambda: {"height": -32}, "--height is -32: it must be at least 1"),
+    "a negative norm": (lambda: {"max_grad_norm": -1}, "--max_grad_norm is -1.0: it must be a number above 0"),
+    "a decay of 1.5": (lambda: {"adam_beta2": 1.5}, "--adam_beta2 is 1.5: it must be at least 0 and below 1"),
+    "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
     "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),
     "weighting": (lambda: {"weighting": "2-sigma"}, "unknown weighting '2-sigma': choose one of '1-sigma'"),
     "noise type": (lambda: {"noise_type": "stale"}, "argument --noise_type: invalid choice: 'stale'"),
     "not a number": (lambda: {"alpha": "big"}, "argument --alpha: invalid float value: 'big'"),
     "unknown argument": (lambda: {"learning_speed": 1}, "unrecognized arguments: --learning_speed=1"),
-    "no object": (lambda: {"pipeline_kwargs": "[1]"}, "--pipeline_kwargs must be a JSON object"),
+    "no object": (lambda: {"pipeline_kwargs": "[1]"}, "argument --pipeline_kwargs: must be a JSON object"),
     "unknown pipeline argument": (
         lambda: {"pipeline_kwargs": '{"colour": 1}'},
         "pipeline_kwargs has 'colour', which is no argument of StableDiffusion3Pipeline",
@@ -150,7 +156,7 @@ REFUSED = {
     "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose one of all"),
     "token and wandb": (
         lambda: {"report_to": "wandb", "hub_token": "hf_x"},
-        "--hub_token would be stored with",
+        "--hub_token could be stored with the run by wandb",
     ),
     "no checkpoint": (
         lambda: {"resume_from_checkpoint": "checkpoint-3"},
@@ -199,6 +205,53 @@ def test_an_output_folder_belongs_to_one_run(tmp_path):
     shutil.rmtree(output_dir / "checkpoint-4")
     run_here(*script_arguments(output_dir, resume_from_checkpoint="latest", max_train_images=4))
     assert [line["images_seen"] for line in metrics(output_dir)] == [4]
+
+
+def test_what_is_no_run_of_ours_is_left_alone(tmp_path):
+    """--resume_from_checkpoint latest starts anew where there is no checkpoint, but not in somebody's folder."""
+    (tmp_path / "metrics.jsonl").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty, and without a readable run.json"):
+        run_here(*script_arguments(tmp_path, resume_from_checkpoint="latest"))
+    assert (tmp_path / "metrics.jsonl").read_text() == "years of work"
+
+
+def test_an_output_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: choose another"):
+        run_here(*script_arguments(tmp_path / "file" / "run"))
+
+
+def test_a_teacher_that_changed_in_place_is_another_run(tmp_path):
+    shutil.copytree(saved_teacher("stable_diffusion_3"), tmp_path / "teacher")
+    changed = {"pretrained_model_name_or_path": tmp_path / "teacher", "resume_from_checkpoint": "latest"}
+    run_here(*script_arguments(tmp_path / "run", max_train_images=4, **changed))
+    weights = tmp_path / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"other settings, teacher_weights \(was '[0-9a-f]{16}', now"):
+        run_here(*script_arguments(tmp_path / "run", max_train_images=8, **changed))
+
+
+def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_sid_dit, "check_push", lambda repo_id, token=None: f"me/{repo_id}")
+    monkeypatch.setattr(train_sid_dit, "push_student", lambda *args, **kwargs: calls.append((args, kwargs)))
+    token = "hf_" + "abcdefgh" * 4
+    arguments = script_arguments(tmp_path / "run", max_train_images=4, hub_token=token, hub_model_id="small")
+    run_here(*arguments, "--push_to_hub", "--hub_private_repo")
+    assert calls == [((tmp_path / "run" / "student", "me/small"), {"token": token, "private": True})]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert files and not [path for path in files if token.encode() in path.read_bytes()]
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "nowhere", "--prompt_file", "none.txt"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the prompt file none.txt does not exist")
 
 
 def test_exit_code_and_stderr(capsys):

@@ -12,9 +12,11 @@ from hf_flowdistill.training.checkpointing import (
     find_resume,
     latest_checkpoint,
     load_checkpoint,
+    read_run,
     read_state,
     remove_unfinished,
     save_checkpoint,
+    write_run,
 )
 
 
@@ -82,12 +84,8 @@ def test_where_a_run_starts(tmp_path):
     path = save(run, 8)
     assert find_resume(run, "latest") == path
     assert find_resume(run, "checkpoint-8") == path and find_resume(tmp_path, str(path)) == path
-    with pytest.raises(UserError, match="not empty"):
-        find_resume(run, None)
     with pytest.raises(UserError, match="no checkpoint checkpoint-9: .* holds checkpoint-8"):
         find_resume(run, "checkpoint-9")
-    with pytest.raises(UserError, match="is a file"):
-        find_resume(path / "state.json", "latest")
     with pytest.raises(UserError, match="not a checkpoint of this script"):
         read_state(tmp_path)
 
@@ -106,3 +104,51 @@ def test_other_settings_are_named():
     check_same_run({"alpha": 1.0, "seed": 0}, {"alpha": 1.0, "seed": 0})
     with pytest.raises(UserError, match=r"alpha \(was 1.0, now 1.2\), new \(was None, now 1\): use those"):
         check_same_run({"alpha": 1.0, "seed": 0}, {"alpha": 1.2, "seed": 0, "new": 1})
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    assert read_run(tmp_path / "new", resume=False) == read_run(tmp_path, resume=True) == []
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="is not empty"):
+            read_run(tmp_path, resume=resume)
+    write_run(tmp_path / "new", {"alpha": 1.0})
+    write_run(tmp_path / "new", {"alpha": 2.0})  # the run that was there first keeps it
+    assert read_run(tmp_path / "new", resume=True) == [{"alpha": 1.0}]
+    with pytest.raises(UserError, match="is not empty"):
+        read_run(tmp_path / "new", resume=False)
+
+
+def test_a_kill_while_one_checkpoint_makes_way_for_another_loses_neither(tmp_path, monkeypatch):
+    save(tmp_path, 8, seed=0)
+    replace, calls = checkpointing.os.replace, []
+
+    def killed_the_second_time(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(checkpointing.os, "replace", killed_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 8, seed=1)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) is None
+    remove_unfinished(tmp_path)
+    loaded = trained(seed=2)
+    load_checkpoint(latest_checkpoint(tmp_path), **loaded)
+    assert torch.equal(loaded["networks"]["generator"].weight, trained(seed=0)["networks"]["generator"].weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_a_kill_while_the_oldest_is_deleted_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 8)
+
+    def killed(path, **kwargs):
+        if checkpointing.Path(path).exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpointing.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 12, total_limit=1)
+    assert [path.name for path in checkpointing.checkpoints(tmp_path)] == ["checkpoint-12"]

@@ -10,13 +10,14 @@ from hf_flowdistill.training.optimizers import apply_update, build_optimizer, le
 
 def test_schedules_count_images():
     def factors(schedule, warmup=0):
-        return [learning_rate_factor(schedule, seen, warmup=warmup, end=400) for seen in (0, 100, 200, 300, 400, 500)]
+        rule = {"batch_size": 50, "warmup": warmup, "end": 400}
+        return [learning_rate_factor(schedule, seen, **rule) for seen in (0, 100, 200, 300, 400, 500)]
 
     assert factors("constant") == [1] * 6
     assert factors("linear") == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])
     assert factors("cosine") == pytest.approx([(1 + math.cos(math.pi * x)) / 2 for x in (0, 0.25, 0.5, 0.75, 1, 1)])
-    assert factors("constant", warmup=200) == pytest.approx([0, 0.5, 1, 1, 1, 1])
-    assert factors("linear", warmup=200) == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
+    assert factors("constant", warmup=200) == pytest.approx([0.25, 0.75, 1, 1, 1, 1])
+    assert factors("linear", warmup=200) == pytest.approx([0.25, 0.75, 1, 0.5, 0, 0])
 
 
 def one_weight(gradient):

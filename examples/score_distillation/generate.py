@@ -21,7 +21,7 @@ from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.training.arguments import ArgumentParser
+from hf_flowdistill.training.arguments import ArgumentParser, json_object
 
 
 def parse_args(input_args=None):
@@ -39,7 +39,9 @@ def parse_args(input_args=None):
     add("--resolution", type=int, metavar="PIXELS", help="height and width; the pipeline's own by default")
     add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
     add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add("--pipeline_kwargs", type=json.loads, default={}, metavar="JSON", help="more arguments of the pipeline's call")
+    add(
+        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the first image")
     add("--batch_size", type=int, default=4, metavar="N", help="images drawn together; does not change them")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; a student's own, else float32")
@@ -52,8 +54,6 @@ def parse_args(input_args=None):
     for name in ("num_images_per_prompt", "num_inference_steps", "resolution", "height", "width", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-    if not isinstance(args.pipeline_kwargs, dict):
-        raise UserError("--pipeline_kwargs must be a JSON object, e.g. '{\"clip_skip\": 1}'.")
     if args.prompt_file:
         args.prompts = [*args.prompts, *read_prompts(args.prompt_file)]
     if not any(prompt.strip() for prompt in args.prompts):

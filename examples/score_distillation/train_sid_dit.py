@@ -11,7 +11,9 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -28,13 +30,19 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer
+from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
 from hf_flowdistill.rollout import NOISE_TYPES
-from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
+from hf_flowdistill.teachers import Conditioning, decode, encode_prompts, learn_contract
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.arguments import ArgumentParser
-from hf_flowdistill.training.distributed import check_world_size, draw_k, global_indices, sample_noise
+from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object
+from hf_flowdistill.training.distributed import (
+    check_accelerator,
+    check_world_size,
+    draw_k,
+    global_indices,
+    sample_noise,
+)
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
@@ -48,11 +56,26 @@ PROGRESS = (
     "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), "
     "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}"
 )
-MINIMUM = {
-    0: "learning_rate fake_score_learning_rate lr_warmup_images ema_half_life_images checkpointing_images",
-    1: """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
-    validation_images num_validation_images""",
-}
+ALLOWED = (  # which arguments, what they must be, and how to tell
+    (
+        """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
+        validation_images num_validation_images""",
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    ("lr_warmup_images ema_half_life_images checkpointing_images", "at least 0", lambda value: value >= 0),
+    ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    (
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std",
+        "a number above 0",
+        lambda value: 0 < value < math.inf,
+    ),
+    (
+        "sigma_mean alpha loss_scale teacher_guidance_scale fake_guidance_scale fake_train_guidance_scale",
+        "a finite number",
+        math.isfinite,
+    ),
+)
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
 FREE_ON_RESUME = """config output_dir cache_dir prompt_file resume_from_checkpoint max_train_images train_batch_size
 gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
@@ -78,7 +101,9 @@ def parse_args(input_args=None):
     add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
     add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
     add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
-    add("--pipeline_kwargs", type=json.loads, default={}, metavar="JSON", help="more arguments of the pipeline's call")
+    add(
+        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
+    )
 
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
     add("--num_steps", type=int, default=4, metavar="N", help="sampler steps of the student")
@@ -98,7 +123,9 @@ def parse_args(input_args=None):
     )
     add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
-    add = parser.add_argument_group("optimization (defaults: the paper's for SD3, mixed precision)").add_argument
+    add = parser.add_argument_group(
+        "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
+    ).add_argument
     add("--max_train_images", type=int, default=1_000_000, metavar="IMAGES", help="length of the training")
     add("--train_batch_size", type=int, default=2, metavar="IMAGES", help="per process and micro-batch")
     add("--gradient_accumulation_steps", type=int, default=16, metavar="N", help="micro-batches per update")
@@ -128,7 +155,9 @@ def parse_args(input_args=None):
     add("--tracker_project_name", default="sid-dit", metavar="NAME", help="name of the tracker's project")
     add("--push_to_hub", action="store_true", help="upload the student at the end")
     add("--hub_model_id", metavar="ID", help="repository to upload to; by default named after --output_dir")
-    add("--hub_token", metavar="TOKEN", help="token to upload with; by default that of `hf auth login`")
+    add(
+        "--hub_token", metavar="TOKEN", help="token to upload with; `hf auth login` or HF_TOKEN keep it off the screen"
+    )
     add("--hub_private_repo", action="store_true", help="create the repository as private")
 
     args = parser.parse_args(input_args)
@@ -146,17 +175,17 @@ def check_args(args):
     for name in ("pretrained_model_name_or_path", "prompt_file"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing.")
-    for minimum, names in MINIMUM.items():
+    for names, allowed, holds in ALLOWED:
         for name in names.split():
-            if getattr(args, name) is not None and getattr(args, name) < minimum:
-                raise UserError(f"--{name} is {getattr(args, name)}: it must be at least {minimum}.")
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise UserError(f"--{name} is {value}: it must be {allowed}.")
+    check_output_dir(args.output_dir)
     get_weighting(args.weighting)
-    if not isinstance(args.pipeline_kwargs, dict):
-        raise UserError("--pipeline_kwargs must be a JSON object, e.g. '{\"clip_skip\": 1}'.")
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
-    if args.report_to in ("wandb", "all") and args.hub_token:
-        raise UserError("--hub_token would be stored with the run by wandb: use `hf auth login` instead.")
+    if args.report_to not in ("none", "tensorboard") and args.hub_token:
+        raise UserError(f"--hub_token could be stored with the run by {args.report_to}: use `hf auth login` instead.")
     trackers = ["all", "none", *map(str, get_available_trackers())]
     if args.report_to not in trackers:
         raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
@@ -185,17 +214,28 @@ def main(input_args=None):
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
+        # the others wait while the main process writes a checkpoint, which can take longer than the default allows
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.logger.setLevel(logging.INFO)
     check_world_size(accelerator.num_processes)
+    check_accelerator(accelerator)
     prompts = read_prompts(args.prompt_file)
     settings = run_settings(args, prompts, accelerator)
-    checkpoint = checkpointing.find_resume(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        checkpointing.check_same_run(checkpointing.read_state(checkpoint)["settings"], settings)
+    recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
+    for earlier in recorded:
+        checkpointing.check_same_run(earlier, settings)
     check_export_dir(Path(args.output_dir, "student"))
     accelerator.wait_for_everyone()  # everyone has looked at the output folder before anyone writes there
+    if accelerator.is_main_process:
+        checkpointing.remove_unfinished(args.output_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpointing.find_resume(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        recorded.append(checkpointing.read_state(checkpoint)["settings"])
+        checkpointing.check_same_run(recorded[-1], settings)
 
     # ---------------------------------------------------------------- the teacher, and how it talks to its transformer
     run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
@@ -204,16 +244,19 @@ def main(input_args=None):
     run.contract = learn_contract(
         run.pipeline, height=args.height, width=args.width, pipeline_kwargs=args.pipeline_kwargs
     )
+    settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
+    for earlier in recorded:
+        checkpointing.check_same_run(earlier, settings)
+    if accelerator.is_main_process:
+        checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
     # ------------------------------------------------------------------------ all text at once; then its encoders rest
     run.prompts = PromptStream(prompts, args.seed)
-    run.conditional, run.unconditional = encode_prompts(
-        run.pipeline,
-        run.contract,
-        run.prompts.distinct + args.validation_prompts,
-        negative_prompt=args.negative_prompt,
-    )
+    encode = functools.partial(encode_prompts, run.pipeline, run.contract, negative_prompt=args.negative_prompt)
+    run.conditional, run.unconditional = encode(run.prompts.distinct)
+    if args.validation_prompts:  # apart, so that changing them on resume cannot touch the last digit of the others
+        run.conditional = Conditioning.cat([run.conditional, encode(args.validation_prompts)[0]])
     run.unconditional = run.unconditional.to(accelerator.device)
     move_all_but_transformer(run.pipeline, "cpu")
 
@@ -251,7 +294,6 @@ def train(run):
     args, state, is_main_process = run.args, run.state, run.accelerator.is_main_process
     images_per_update = state["settings"]["images_per_update"]
     if is_main_process:
-        checkpointing.remove_unfinished(args.output_dir)
         metrics_file = monitors.MetricsFile(Path(args.output_dir, "metrics.jsonl"), images_seen=state["images_seen"])
         run.accelerator.init_trackers(
             args.tracker_project_name, monitors.tracker_config(args), init_kwargs={"wandb": {"dir": args.output_dir}}
@@ -262,7 +304,11 @@ def train(run):
         start = time.perf_counter()
         k = draw_k(args.seed, state["step"], args.num_steps)
         factor = learning_rate_factor(
-            args.lr_scheduler, state["images_seen"], warmup=args.lr_warmup_images, end=args.max_train_images
+            args.lr_scheduler,
+            state["images_seen"],
+            batch_size=images_per_update,
+            warmup=args.lr_warmup_images,
+            end=args.max_train_images,
         )
         fake_rate, rate = factor * args.fake_score_learning_rate, factor * args.learning_rate
         fake_taken, fake_metrics = run_turn(run, "fake_score", fake_score_turn, k, fake_rate)

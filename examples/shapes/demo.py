@@ -5,7 +5,7 @@
     python examples/shapes/demo.py
 
 Writes, in --output_dir: run/ (the training, with the student in run/student), report.json, grid.png and curve.png.
-Run again after an interruption, it goes on where it stopped.
+Run again after an interruption, it goes on where it stopped. Other arguments are those of train_sid_dit.py.
 """
 
 import argparse
@@ -52,34 +52,16 @@ GRID_PROMPTS = (
 )
 
 
-def train(run: Path, config: Path, more: list[str]) -> float:
-    """Run the training script through the launcher and return its wall-clock minutes (0 if it was done already)."""
-    if (run / "student" / "model_index.json").exists():
-        return 0.0
+def train(run: Path, args, more: list[str]) -> float:
+    """Run the training script, or go on with it, and return its wall-clock minutes."""
     command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--cpu",
-        "examples/score_distillation/train_sid_dit.py",
-        "--config",
-        str(config),
-        "--output_dir",
-        str(run),
-        "--resume_from_checkpoint",
-        "latest",
-        *more,
+        *(sys.executable, REPOSITORY / "examples" / "score_distillation" / "train_sid_dit.py"),
+        *("--config", args.config, "--pretrained_model_name_or_path", Path(args.teacher).resolve()),
+        *("--teacher_guidance_scale", args.guidance_scale, "--output_dir", run, "--resume_from_checkpoint", "latest"),
+        *("--prompt_file", HERE / "prompts.txt", *more),
     ]
     started = time.time()
-    code = subprocess.run(command, cwd=REPOSITORY).returncode
+    code = subprocess.run([str(word) for word in command]).returncode
     if code:
         sys.exit(code)
     return (time.time() - started) / 60
@@ -142,7 +124,7 @@ def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3
             lines = [*lines[:-1], longer] if pen.textlength(longer) <= size else [*lines, word]
         pen.text((left + column * (size + 6), 4), "\n".join(lines), fill="black")
     for line, (name, num_steps) in enumerate(rows):
-        guidance = guidance_scale if name == "teacher" else 1.0
+        guidance = 1.0 if name == "student" else guidance_scale
         images = generate(
             pipelines[name], list(GRID_PROMPTS), num_steps=num_steps, guidance_scale=guidance, seed=7, **CALL
         ).images
@@ -184,9 +166,9 @@ def parse_args():
     parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
     parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
-    parser.add_argument("--num_prompts", type=int, default=2000, help="fresh prompts in the report")
-    parser.add_argument("--curve_prompts", type=int, default=500, help="fresh prompts for every point of the curve")
-    parser.add_argument("--seed", type=int, default=2026, help="of the fresh prompts and their pictures")
+    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts in the report")
+    parser.add_argument("--curve_prompts", type=int, default=500, help="freshly drawn prompts in a point of the curve")
+    parser.add_argument("--seed", type=int, default=2026, help="of these prompts and their pictures")
     return parser.parse_known_args()
 
 
@@ -196,9 +178,8 @@ def main():
         raise UserError(f"--num_prompts and --curve_prompts must be at least {len(CATEGORIES) * 10}.")
     output = Path(args.output_dir).resolve()
     run = output / "run"
-    minutes = train(run, Path(args.config).resolve(), more)
-    if minutes:
-        print(f"the distillation took {minutes:.1f} minutes")
+    minutes = train(run, args, more)
+    print(f"the distillation took {minutes:.1f} minutes")
     pipelines = load_pipelines(Path(args.teacher), run / "student")
 
     print("judging the student along its training ...", flush=True)
@@ -210,7 +191,7 @@ def main():
         judged.append({"images_seen": images_seen, **judge("student", student, 4, 1.0)})
     student.register_modules(transformer=final)
 
-    print(f"judging {args.num_prompts} fresh prompts ...", flush=True)
+    print(f"judging {args.num_prompts} freshly drawn prompts ...", flush=True)
     judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
     cases = [("teacher", 28, scale)] + [("teacher", n, scale) for n in (4, 2, 1)]
     cases += [("undistilled", n, guidance) for guidance in (scale, 1.0) for n in (4, 2, 1)]

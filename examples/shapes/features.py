@@ -4,8 +4,8 @@
 
 A small convolutional network trained on renders to count the objects of every kind and colour, to say where they are,
 to measure the background, and to tell how much a picture was blurred or made noisy. Its 64 pooled features therefore
-see what is drawn, how it is spread over the picture, and how clean it is. They are multiplied by ten, so that distances
-come out as numbers of a usual size.
+see what is drawn, how it is spread over the picture, and how clean it is. They are multiplied by ten, so that
+distances come out as numbers of a usual size.
 """
 
 import random

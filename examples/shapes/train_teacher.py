@@ -4,7 +4,10 @@
 
     OMP_NUM_THREADS=1 python examples/shapes/train_teacher.py --output_dir examples/shapes/teacher
 
-Every stage is kept under `--work_dir` and skipped when it is already there; the transformer stage resumes.
+Every stage is kept under `--work_dir` and skipped when it is already there; the transformer stage resumes. With
+`--init_from` it starts from the autoencoder, text encoders and transformer of a pipeline. features.safetensors goes from
+`--work_dir` to this folder by hand, since FIDs taken with another feature network cannot be compared. Under torchrun the
+transformer stage shares every step among its processes.
 """
 
 import argparse
@@ -31,12 +34,21 @@ from transformers import (
 
 from features import FeatureNetwork, train_features
 from hf_flowdistill import flow
+from hf_flowdistill.timesteps import sigma_from_normal
 from hf_flowdistill.training.distributed import average_gradients, stream_seed
-from scenes import CATEGORIES, SIZE, random_scene, render
+from scenes import CATEGORIES, COUNTS, SIZE, random_scene, render
 
 
 TEXT_LENGTH = 10  # tokens: the longest prompt has eight words, between a start and an end token
 TEXT_WIDTH = 64
+SHARES = {
+    "three": 0.26,
+    "two kinds": 0.22,
+    "relation": 0.22,
+    "two": 0.14,
+    "two colours": 0.11,
+    "one": 0.05,
+}  # of a batch
 NULL_TOKENS = 256  # how many zeros StableDiffusion3Pipeline appends by default for the third text encoder
 
 
@@ -137,7 +149,7 @@ def build_pipeline(args) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
         text_encoder=build_text_encoder(tokenizer, 2),
         tokenizer=tokenizer,
         text_encoder_2=build_text_encoder(tokenizer, 3),
@@ -222,16 +234,31 @@ def build_optimizers(networks, learning_rate):
     ]
 
 
+def kind_of(prompt: str) -> str:
+    """The key of a prompt in `SHARES`."""
+    words = prompt.split()
+    if words[0] in COUNTS:
+        return words[0]
+    if len(words) <= 3:
+        return "one"
+    return "relation" if "and" not in words else "two kinds" if len(words) == 5 else "two colours"
+
+
 def train_transformer(pipeline, args) -> None:
-    """Rectified flow, x_t = (1 - sigma) x0 + sigma noise, sigma logit-normal(0, 1); 10 % of prompts dropped; text
-    encoders learn along. One batch in 16 appends null tokens, as many as
-    the stock call or one, so that any number of them will do."""
+    """Rectified flow, with sigma logit-normal(1, 1.3), since what is where is decided at sigma above 0.8.
+
+    Hard prompts are drawn more often; 10 % of the prompts are dropped; the text encoders learn along. One batch in 16
+    appends null tokens, as many as the stock call or one, so that any number of them will do.
+    """
     state_file, rank = Path(args.work_dir) / "transformer.pt", int(os.environ.get("RANK", 0))
     latents, prompts = torch.load(Path(args.work_dir) / "latents.pt")
     unique = sorted(set(prompts)) + [""]
     row = {prompt: i for i, prompt in enumerate(unique)}
     tokenized = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
     tokens, rows = torch.tensor(tokenized), torch.tensor([row[prompt] for prompt in prompts])
+    kinds = [kind_of(prompt) for prompt in prompts]
+    members = [torch.tensor([i for i, kind in enumerate(kinds) if kind == name]) for name in SHARES]
+    shares = torch.tensor(list(SHARES.values()))
 
     networks = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
     trainable = [p for p in networks.parameters() if p.requires_grad]
@@ -250,12 +277,13 @@ def train_transformer(pipeline, args) -> None:
         factor = min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         null = step % 16 == 15
         batch = args.batch_size // 4 if null else args.batch_size
-        pick = torch.randint(len(latents), (batch,), generator=generator)
+        drawn = torch.multinomial(shares, batch, replacement=True, generator=generator).tolist()
+        pick = torch.stack([members[i][torch.randint(len(members[i]), (), generator=generator)] for i in drawn])
         dropped = torch.rand(batch, generator=generator) < 0.1
         text = tokens[torch.where(dropped, len(unique) - 1, rows[pick])]
         x0 = latents[pick].float()
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.randn(batch, generator=generator).sigmoid()
+        sigma = sigma_from_normal(torch.randn(batch, generator=generator), mean=1.0, std=1.3)
         with torch.autocast("cpu", torch.bfloat16):
             prompt_embeds, pooled = encode_text(pipeline, text)
             if null:
@@ -292,21 +320,22 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="examples/shapes/teacher", help="where the pipeline is saved")
     parser.add_argument("--work_dir", default="runs/shapes-teacher", help="where unfinished stages are kept")
+    parser.add_argument("--init_from", help="a shapes pipeline whose networks the transformer stage starts from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128, help="transformer width, a multiple of 32")
     parser.add_argument("--num_layers", type=int, default=6, help="transformer blocks")
-    parser.add_argument("--vae_steps", type=int, default=3000, help="autoencoder steps of batch 16")
+    parser.add_argument("--vae_steps", type=int, default=3600, help="autoencoder steps of batch 16")
     parser.add_argument(
         "--kl_weight", type=float, default=2e-6, help="weight of the autoencoder's KL term (nats per image)"
     )
-    parser.add_argument("--feature_steps", type=int, default=3000, help="feature network steps of batch 64")
-    parser.add_argument("--num_renders", type=int, default=200_000, help="renders the transformer learns from")
+    parser.add_argument("--feature_steps", type=int, default=2500, help="feature network steps of batch 64")
+    parser.add_argument("--num_renders", type=int, default=120_000, help="renders the transformer learns from")
     parser.add_argument("--steps", type=int, default=40_000, help="transformer steps")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument(
         "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
     )
-    parser.add_argument("--ema_decay", type=float, default=0.9995)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--compile", action="store_true", help="compile the transformer (needs a C++ compiler)")
     parser.add_argument("--stages", nargs="+", default=["vae", "features", "transformer"])
     return parser.parse_args()
@@ -317,13 +346,16 @@ def main():
     work = Path(args.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     pipeline = build_pipeline(args)
-    if not (work / "vae").exists() and "vae" in args.stages:
+    if args.init_from:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(args.init_from)
+    elif not (work / "vae").exists() and "vae" in args.stages:
         train_vae(pipeline.vae, args)
         pipeline.vae.save_pretrained(work / "vae")
     if "features" in args.stages and not (work / "features.safetensors").exists():
         train_features(FeatureNetwork(), args.feature_steps, args.seed).save(work / "features.safetensors")
     if "transformer" in args.stages:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
+        if not args.init_from:
+            pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
         if not (work / "latents.pt").exists():
             torch.save(encode_renders(pipeline.vae, args.num_renders, args.seed + 2), work / "latents.pt")
         if "RANK" in os.environ:
@@ -331,9 +363,8 @@ def main():
         train_transformer(pipeline, args)
         if int(os.environ.get("RANK", 0)) == 0:
             pipeline.save_pretrained(args.output_dir)
-            pipeline.transformer.half().save_pretrained(
-                Path(args.output_dir) / "transformer"
-            )  # half the size to download
+            # half the size to download; from_pretrained loads it in float32 all the same
+            pipeline.transformer.half().save_pretrained(Path(args.output_dir) / "transformer")
 
 
 if __name__ == "__main__":

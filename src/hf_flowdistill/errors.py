@@ -10,6 +10,11 @@ class UserError(ValueError):
     """A mistake in the input. The message is one sentence: what is wrong and what to do about it."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to be part of a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_on_user_error(main):
     """Wrap a script's `main`: a `UserError` becomes one line on stderr and exit code 2, never a traceback."""
 

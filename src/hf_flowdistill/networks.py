@@ -4,13 +4,14 @@
 
 import contextlib
 import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.watch import check_flow_matching
 
 
@@ -35,7 +36,7 @@ def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=to
                 f"{path} is not a diffusers pipeline, it has no readable model_index.json: give the folder that the "
                 "pipeline's save_pretrained wrote, not one of its components."
             ) from None
-        raise UserError(f"{path} is no folder, and as a Hub id it cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path} is no folder, and as a Hub id it cannot be read: {first_line(error)}") from error
     if index.get("transformer", [None])[0] is None:
         has = "a UNet" if "unet" in index else "no transformer"
         raise UserError(
@@ -45,14 +46,19 @@ def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=to
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, dtype=dtype, **where, **absent)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not load as a diffusers pipeline: {_reason(error)}") from error
+        raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def weights_digest(network: torch.nn.Module) -> str:
+    """16 hexadecimal digits that change with every weight of `network`."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def move_all_but_transformer(pipeline, device) -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_flowdistill.errors import UserError
@@ -32,7 +33,7 @@ METHODS = {
 # Arguments that say how and where a run was made, not what was trained.
 NOT_HYPERPARAMETERS = re.compile(
     "config$|pretrained_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"
-    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$"
+    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|teacher_weights"
 )
 COLUMNS = {
     "pipeline": ("pipeline", str),
@@ -97,9 +98,12 @@ def is_hub_id(name) -> bool:
 
 
 def local_license(teacher) -> str | None:
-    """The licence that the card in a local teacher's folder states, if there is one."""
+    """The licence that the card in a local teacher's folder states, if there is one that can be read."""
     readme = Path(teacher) / "README.md"
-    return ModelCard.load(readme).data.license if readme.is_file() else None
+    try:
+        return ModelCard.load(readme).data.license if readme.is_file() else None
+    except (OSError, TypeError, ValueError, yaml.YAMLError):  # No reason to lose a finished training.
+        return None
 
 
 def call_arguments(call_defaults) -> str:

@@ -20,6 +20,7 @@ from hf_flowdistill.hub.student import SETTINGS_FILE, read_settings, render_pipe
 
 GUIDANCE_OFF = {"guidance_scale": 1.0}
 SECRET_NAMES = re.compile("token|secret|password|api_?key", re.IGNORECASE)
+PATH_NAMES = re.compile("(_dir|_file|_path|config|checkpoint)$")
 SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
@@ -127,26 +128,31 @@ def check_export_dir(output_dir) -> Path:
 
 
 def without_secrets(arguments) -> dict:
-    """`arguments` as they may be published: no tokens, under whatever name, and no directories of this machine."""
-    kept = {name: value for name, value in arguments.items() if not SECRET_NAMES.search(name)}
-    removed = [value for name, value in arguments.items() if name not in kept]
-    removed += [value for name, value in os.environ.items() if name.startswith("HF_TOKEN")]
+    """`arguments` as they may be published: no tokens, wherever they are, and no directories of this machine."""
+    removed = [value for name, value in os.environ.items() if name.startswith("HF_TOKEN")] + _secrets(arguments)
     secrets = [value for value in removed if isinstance(value, str) and len(value) > 5]
 
-    def clean(value):
+    def clean(value, name=""):
         if isinstance(value, dict):
-            return without_secrets(value)
+            return {k: clean(v, str(k)) for k, v in value.items() if not SECRET_NAMES.search(str(k))}
         if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
+            return [clean(item, name) for item in value]
         if isinstance(value, str | Path):
             value = str(value)
             for secret in secrets:
                 value = value.replace(secret, "[removed]")
             value = SECRET_VALUES.sub("[removed]", value)
-            return Path(value).name if os.path.isabs(value) else value
+            # Elsewhere a leading slash means something else, in a prompt for instance.
+            return Path(value).name if PATH_NAMES.search(name) and os.path.isabs(value) else value
         return value
 
-    return {name: clean(value) for name, value in kept.items()}
+    return clean(dict(arguments))
+
+
+def _secrets(arguments) -> list:
+    """The values of all names that say so, in nested mappings too."""
+    found = [value for name, value in arguments.items() if SECRET_NAMES.search(str(name))]
+    return sum([_secrets(value) for value in arguments.values() if isinstance(value, dict)], found)
 
 
 def _cast(transformer, dtype):
@@ -176,9 +182,14 @@ def _forget_origin(folder) -> None:
 
 
 def _move_contents(source, target) -> None:
-    """Everything in `source` into `target`, in place of what has the same name there; the index last."""
+    """Everything in `source` into `target`, in place of what has the same name there.
+
+    The settings go first: what a kill leaves behind is then known as an export of ours, which the next one replaces.
+    The index goes last: without it nothing loads what is only half there.
+    """
+    order = {SETTINGS_FILE: -1, "model_index.json": 1}
     target.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == "model_index.json"):
+    for entry in sorted(source.iterdir(), key=lambda entry: order.get(entry.name, 0)):
         old = target / entry.name
         if old.is_dir():
             shutil.rmtree(old)

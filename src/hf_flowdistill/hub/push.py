@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 
 
 NOT_PUBLISHED = ["*.tmp/**", "checkpoint-*/**", "**/__pycache__/**"]
@@ -67,5 +67,5 @@ def push_student(folder, repo_id, *, token=None, private=False, commit_message="
 
 def _reason(error, token) -> str:
     """The first line of an error, without the token."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text.replace(token, "[removed]") if token else text

@@ -2,7 +2,6 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Score identity distillation with long-and-short guidance: the two turns of SiD-DiT (Sec. 3)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ class SiDConfig:
         teacher_guidance_scale: guidance of the teacher in the generator loss; 1 = off.
         fake_guidance_scale: guidance of the fake score in the generator loss; 1 = off.
         fake_train_guidance_scale: guidance inside the fake score's own regression; 1 = off.
-        sigma_mean, sigma_std: p(sigma) = sigmoid(Normal(mean, std)), in both turns.
     """
 
     num_steps: int = 4
@@ -40,8 +38,6 @@ class SiDConfig:
     teacher_guidance_scale: float = 4.5
     fake_guidance_scale: float = 4.5
     fake_train_guidance_scale: float = 4.5
-    sigma_mean: float = math.log(2)
-    sigma_std: float = 1.6
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow import guide
 from hf_flowdistill.teachers import inference
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, Conditioning
@@ -150,10 +150,9 @@ def _watch_unguided(watcher: _Watcher) -> tuple[Guidance, list[Step]]:
             steps, images = watcher(PROMPTS, guidance.arguments(on=False))
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{watcher.name} cannot be called with height {size[0]}, width {size[1]}: {error}"
-            ) from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            settings = ", ".join(f"{key} {value}" for key, value in watcher.settings.items() if value)
+            raise UserError(f"{watcher.name} fails when called with {settings}: {first_line(error)}") from error
         if isinstance(images, np.ndarray) and images.shape[1:3] != size:
             made = f"height {images.shape[1]}, width {images.shape[2]}"
             raise UserError(

@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -47,6 +48,27 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")
         return [word for name, value in values.items() for word in _words(flags[name], value)]
+
+
+def json_object(text: str) -> dict:
+    """The type of an argument that is a mapping, e.g. '{"clip_skip": 1}'."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, e.g. '{{\"clip_skip\": 1}}', not {text!r}")
+    return value
+
+
+def check_output_dir(output_dir) -> None:
+    """Raise `UserError` unless `output_dir` is a folder that can be written to, or can be made."""
+    path = Path(output_dir).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {output_dir} cannot be a folder, since {existing} is a file: choose another.")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir} cannot be written to: choose a folder that can.")
 
 
 def _words(flag: str, value) -> list[str]:

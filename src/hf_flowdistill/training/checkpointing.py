@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 
 
 STATE_FILE = "state.json"
+RUN_FILE = "run.json"
 
 
 def checkpoints(output_dir) -> list[Path]:
@@ -57,7 +58,9 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
     _flush(target.parent)
     if total_limit is not None:
         for old in checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+            doomed = old.with_name(old.name + ".tmp")  # half deleted, it must not pass for a checkpoint
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
     return target
 
 
@@ -75,8 +78,9 @@ def load_checkpoint(path, *, networks: dict, optimizers: dict) -> dict:
             saved = torch.load(path / f"{name}_optimizer.pt", map_location="cpu", weights_only=True)
             optimizer.load_state_dict(saved)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the checkpoint {path} cannot be read ({reason}): resume from an earlier one.") from error
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({first_line(error)}): resume from an earlier one."
+        ) from error
     return read_state(path)
 
 
@@ -93,9 +97,48 @@ def read_state(path) -> dict:
 
 
 def remove_unfinished(output_dir) -> None:
-    """Delete what a crash in the middle of `save_checkpoint` left behind."""
+    """Clear what a crash in the middle of `save_checkpoint` left behind: before `find_resume`.
+
+    A checkpoint that was making way for a later one of the same name goes back if that one did not come.
+    """
+    for replaced in Path(output_dir).glob("checkpoint-*.old.tmp"):
+        target = replaced.with_name(replaced.name.removesuffix(".old.tmp"))
+        if not target.exists():
+            os.replace(replaced, target)
     for path in Path(output_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(path)
+
+
+def write_run(output_dir, settings: dict) -> None:
+    """Note in `output_dir`, before anything else is written there, which run it belongs to."""
+    path = Path(output_dir, RUN_FILE)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+        _flush(path)
+
+
+def read_run(output_dir, *, resume: bool) -> list[dict]:
+    """The settings of the run that `output_dir` belongs to: a list of one, or of none if the folder is new or empty.
+
+    Raises:
+        UserError: if it holds something and this is not to `resume`, or if it holds something else than a run.
+    """
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return []
+    if not resume:
+        raise UserError(
+            f"the output folder {output_dir} is not empty: choose another --output_dir, "
+            "or go on with --resume_from_checkpoint latest."
+        )
+    try:
+        return [json.loads((output_dir / RUN_FILE).read_text())]
+    except (OSError, ValueError):
+        raise UserError(
+            f"the output folder {output_dir} is not empty, and without a readable {RUN_FILE} it is not one of "
+            "this script's: choose another --output_dir."
+        ) from None
 
 
 def find_resume(output_dir, resume: str | None) -> Path | None:
@@ -104,18 +147,11 @@ def find_resume(output_dir, resume: str | None) -> Path | None:
     `resume` is None, "latest" (a fresh start if there is no checkpoint yet), or the path of a checkpoint.
 
     Raises:
-        UserError: without `resume` if `output_dir` already holds something; or if the checkpoint does not exist.
+        UserError: if the checkpoint does not exist.
     """
-    output_dir = Path(output_dir)
-    if output_dir.is_file():
-        raise UserError(f"the output folder {output_dir} is a file: choose another --output_dir.")
     if resume is None:
-        if output_dir.is_dir() and any(output_dir.iterdir()):
-            raise UserError(
-                f"the output folder {output_dir} is not empty: choose another --output_dir, "
-                "or go on with --resume_from_checkpoint latest."
-            )
         return None
+    output_dir = Path(output_dir)
     if resume == "latest":
         return latest_checkpoint(output_dir)
     path = Path(resume)
@@ -128,16 +164,17 @@ def find_resume(output_dir, resume: str | None) -> Path | None:
 
 
 def check_same_run(recorded: dict, current: dict) -> None:
-    """Refuse to go on from a checkpoint of a run with other settings.
+    """Refuse to go on with a run of other settings than `current`; what is only in `recorded` is not looked at.
 
     Raises:
         UserError: naming every setting that differs, with both values.
     """
-    names = sorted(set(recorded) | set(current))
-    differing = [n for n in names if recorded.get(n) != current.get(n)]
+    differing = [n for n in sorted(current) if recorded.get(n) != current[n]]
     if differing:
-        listed = ", ".join(f"{n} (was {recorded.get(n)!r}, now {current.get(n)!r})" for n in differing)
-        raise UserError(f"the checkpoint is from a run with other settings, {listed}: use those, or start a new run.")
+        listed = ", ".join(f"{n} (was {recorded.get(n)!r}, now {current[n]!r})" for n in differing)
+        raise UserError(
+            f"what is to be resumed is from a run with other settings, {listed}: use those, or start a new run."
+        )
 
 
 def _flush(path: Path) -> None:

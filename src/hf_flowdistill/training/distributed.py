@@ -91,6 +91,22 @@ def average_gradients(parameters, bucket_elements: int = 2**25) -> None:
             bucket, size = [], 0
 
 
+def check_accelerator(accelerator) -> None:
+    """Stop a launch that this package does not compute rightly.
+
+    Raises:
+        UserError: for a mixed precision other than bfloat16, or for sharded networks.
+    """
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(
+            f"mixed precision {accelerator.mixed_precision} was launched, whose scaled losses are not supported: "
+            "launch with --mixed_precision bf16 or no."
+        )
+    kind = str(accelerator.distributed_type.value)
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(f"{kind} was launched, but networks cannot be sharded yet: launch with --multi_gpu.")
+
+
 def check_world_size(num_processes: int) -> None:
     """Stop a run whose processes do not see each other: each would train alone and write over the others.
 

@@ -17,14 +17,15 @@ def build_optimizer(network, *, betas=(0.0, 0.999), epsilon: float = 1e-8):
     return torch.optim.Adam(network.parameters(), betas=betas, eps=epsilon)
 
 
-def learning_rate_factor(schedule: str, images_seen: int, *, warmup: int, end: int) -> float:
-    """What the learning rate is multiplied by, in [0, 1], when `images_seen` images have been trained on.
+def learning_rate_factor(schedule: str, images_seen: int, *, batch_size: int, warmup: int, end: int) -> float:
+    """What the learning rate of an update with `batch_size` images is multiplied by, in [0, 1], after `images_seen`.
 
-    It rises linearly from 0 over `warmup` images; then `constant` stays, `linear` and `cosine` fall to 0 at
-    `end`. It depends on nothing else, so there is no scheduler state to save.
+    It rises linearly over `warmup` images, this update's included, so that no update is wasted on a rate of 0; then
+    `constant` stays, `linear` and `cosine` fall to 0 at `end`. It depends on nothing else, so there is no scheduler
+    state to save.
     """
     if images_seen < warmup:
-        return images_seen / warmup
+        return min(1.0, (images_seen + batch_size) / warmup)
     progress = min(1.0, (images_seen - warmup) / max(1, end - warmup))
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 

@@ -1,0 +1,83 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`make demo` end to end, shortened; and the claims of the README, on the report of the full one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_flowdistill.evaluation.report import format_table
+
+
+ROOT = Path(__file__).parents[1]
+SHORT = """--num_prompts 60 --curve_prompts 60 --max_train_images 96 --checkpointing_images 48 --validation_images 96
+--report_to none""".split()
+KEYS = {
+    *("pipeline", "num_steps", "guidance_scale", "accuracy", "accuracy_by_category", "fid"),
+    *("forwards_per_image", "seconds_per_image"),
+}
+
+
+def demo(output_dir, *more):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(ROOT / "examples" / "shapes" / "demo.py"), "--output_dir", str(output_dir), *more]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_demo_writes_report_and_pictures(tmp_path):
+    done = demo(tmp_path / "demo", *SHORT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert all(set(row) == KEYS for row in rows)
+    expected = {("teacher", 28)} | {(name, n) for name in ("teacher", "undistilled", "student") for n in (1, 2, 4)}
+    assert {(row["pipeline"], row["num_steps"]) for row in rows} == expected
+    forwards = {(row["pipeline"], row["num_steps"], row["guidance_scale"]): row["forwards_per_image"] for row in rows}
+    assert forwards["student", 4, 1.0] == 4 and forwards["undistilled", 4, 1.0] == 4
+    assert {n for (name, steps, _), n in forwards.items() if name == "teacher" and steps == 28} == {56}
+    assert format_table(rows) in done.stdout
+    for name in ("grid.png", "curve.png"):
+        assert min(Image.open(tmp_path / "demo" / name).size) > 300
+
+
+def test_a_mistake_is_one_sentence(tmp_path):
+    done = demo(tmp_path / "demo", "--weighting", "none-such")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def reported():
+    """The report that `make demo` wrote for the README."""
+    return json.loads((ROOT / "docs" / "results" / "shapes_demo.json").read_text())
+
+
+def find(rows, pipeline, num_steps):
+    return [row for row in rows if (row["pipeline"], row["num_steps"]) == (pipeline, num_steps)]
+
+
+def test_the_teacher_is_good_and_its_steps_matter(reported):
+    (slow,), (fast,) = find(reported, "teacher", 28), find(reported, "teacher", 4)
+    assert slow["accuracy"] >= 0.95 and min(slow["accuracy_by_category"].values()) >= 0.90
+    assert fast["fid"] >= 2 * slow["fid"] or fast["accuracy"] <= slow["accuracy"] - 0.10
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_the_student_is_ahead_of_its_controls(reported, num_steps):
+    (student,) = find(reported, "student", num_steps)
+    controls = find(reported, "teacher", num_steps) + find(reported, "undistilled", num_steps)
+    assert len(controls) == 3 and all(student["fid"] < control["fid"] for control in controls)
+
+
+def test_four_steps_stand_beside_twenty_eight(reported):
+    (student,), (teacher,) = find(reported, "student", 4), find(reported, "teacher", 28)
+    assert student["accuracy"] >= teacher["accuracy"] - 0.02
+    assert student["fid"] <= 1.5 * teacher["fid"]
+
+
+def test_the_readme_shows_that_report(reported):
+    assert format_table(reported) in (ROOT / "README.md").read_text(encoding="utf-8")
