@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python examples/shapes/train_teacher.py --output_dir examples/shapes/teacher
 
 Every stage is kept under `--work_dir` and skipped when it is already there; the transformer stage resumes. With
-`--init_from` it starts from the autoencoder, text encoders and transformer of a pipeline. features.safetensors goes from
-`--work_dir` to this folder by hand, since FIDs taken with another feature network cannot be compared. Under torchrun the
-transformer stage shares every step among its processes.
+`--init_from` it starts from the networks of a shapes pipeline. features.safetensors goes from `--work_dir` to this
+folder by hand, since FIDs taken with another feature network cannot be compared. Under torchrun the transformer stage
+shares every step among its processes.
 """
 
 import argparse
