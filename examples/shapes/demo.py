@@ -136,8 +136,8 @@ def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3
     sheet.save(path)
 
 
-def draw_curve(run: Path, judged: list[dict], rows: list[dict], path: Path) -> None:
-    """Monitors of the training over images seen, and the student's quality at its checkpoints."""
+def draw_curve(run: Path, judged: list[dict], teacher: list[dict], path: Path) -> None:
+    """Monitors of the training over images seen, and the student's quality at its checkpoints beside its teacher's."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     panels, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     seen = [record["images_seen"] for record in records]
@@ -145,13 +145,11 @@ def draw_curve(run: Path, judged: list[dict], rows: list[dict], path: Path) -> N
         axis.plot(seen, [record.get(name) for record in records], color="C0" if name == "x0_gap" else "C1", lw=0.8)
         axis.set_ylabel({"x0_gap": "mean |x0_teacher - x0_fake|", "fake_score_error": "fake-score loss"}[name])
         axis.yaxis.label.set_color("C0" if name == "x0_gap" else "C1")
-    steps = judged[0]["num_steps"]
-    by_key = {(r["pipeline"], r["num_steps"]): r for r in rows}
-    slowest = max((r for r in rows if r["pipeline"] == "teacher"), key=lambda r: r["num_steps"])
     for axis, name in ((axes[1], "fid"), (axes[2], "accuracy")):
-        axis.plot([j["images_seen"] for j in judged], [j[name] for j in judged], "o-", label=f"student, {steps} steps")
-        axis.axhline(slowest[name], color="C2", ls="--", label=f"teacher, {slowest['num_steps']} steps")
-        axis.axhline(by_key["teacher", steps][name], color="C3", ls=":", label=f"teacher, {steps} steps")
+        label = f"student, {judged[0]['num_steps']} steps"
+        axis.plot([point["images_seen"] for point in judged], [point[name] for point in judged], "o-", label=label)
+        for reference, colour, style in zip(teacher, ("C2", "C3"), ("--", ":")):
+            axis.axhline(reference[name], color=colour, ls=style, label=f"teacher, {reference['num_steps']} steps")
         axis.set_ylabel("FID" if name == "fid" else "accuracy")
         axis.legend(fontsize=8)
     axes[1].set_yscale("log")
@@ -190,6 +188,8 @@ def main():
         images_seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
         judged.append({"images_seen": images_seen, **judge("student", student, 4, 1.0)})
     student.register_modules(transformer=final)
+    # the same prompts for the teacher, since the FID of fewer pictures is higher
+    references = [judge("teacher", pipelines["teacher"], n, args.guidance_scale) for n in (28, 4)]
 
     print(f"judging {args.num_prompts} freshly drawn prompts ...", flush=True)
     judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
@@ -206,7 +206,7 @@ def main():
     draw_grid(
         pipelines, [("teacher", 28), ("teacher", 4), ("undistilled", 4), ("student", 4)], scale, output / "grid.png"
     )
-    draw_curve(run, judged, rows, output / "curve.png")
+    draw_curve(run, judged, references, output / "curve.png")
     print(f"\n{format_table(rows)}\n\nSee {output / 'grid.png'}, {output / 'curve.png'} and {output / 'report.json'}.")
 
 
