@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,7 +270,32 @@ def test_nothing_secret_and_no_path_of_this_machine_is_exported(tmp_path, monkey
 
 def test_without_secrets_leaves_ordinary_values_alone():
     arguments = {"seed": 0, "alpha": 1.0, "prompts": ["a cat"], "resume": None, "flag": True, "model": "org/name"}
+    arguments["negative_prompt"] = "/imagine nothing"
     assert without_secrets(arguments) == arguments
+
+
+def test_secrets_are_removed_at_every_depth(tmp_path):
+    arguments = {"hub_token": "argument-secret", "deep": {"note": "argument-secret"}, "data": str(tmp_path)}
+    assert without_secrets(arguments) == {"deep": {"note": "[removed]"}, "data": tmp_path.name}
+
+
+def test_a_kill_in_the_middle_of_an_export_does_not_stop_the_next(tmp_path, monkeypatch):
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    replace, moved = os.replace, []
+
+    def killed_the_third_time(source, target):
+        moved.extend([target] if Path(target).parent == tmp_path / "student" else [])
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_the_third_time)
+    with pytest.raises(KeyboardInterrupt):
+        export_student(pipeline, tmp_path / "student", num_steps=4)
+    monkeypatch.undo()
+    assert not (tmp_path / "student" / "model_index.json").exists()
+    export_student(pipeline, tmp_path / "student", num_steps=4)
+    assert (tmp_path / "student" / "model_index.json").exists()
 
 
 def test_what_cannot_become_a_pipeline_is_refused_in_a_sentence(tmp_path):

@@ -68,7 +68,12 @@ def test_untrained_transformer():
 @pytest.mark.parametrize(
     "build, size, kwargs, reason",
     [
-        (tiny_pipelines.stable_diffusion_3, (36, 32), SD3, "height 36, width 32: `height` and `width` have to be"),
+        (
+            tiny_pipelines.stable_diffusion_3,
+            (36, 32),
+            SD3,
+            "`height` and `width` have to be divisible by 8 but are 36 and 32",
+        ),
         (tiny_pipelines.sana, (48, 32), {"use_resolution_binning": False}, "have to be divisible by 32"),
         (tiny_pipelines.flux, (32, 36), SD3, "makes height 32, width 32 when asked for height 32, width 36"),
         (tiny_pipelines.stable_diffusion_3, (512, 512), SD3, "height 512, width 512"),

@@ -20,7 +20,7 @@ from hf_flowdistill.hub.student import SETTINGS_FILE, read_settings, render_pipe
 
 GUIDANCE_OFF = {"guidance_scale": 1.0}
 SECRET_NAMES = re.compile("token|secret|password|api_?key", re.IGNORECASE)
-PATH_NAMES = re.compile("(_dir|_file|_path|config|checkpoint)$")
+PATH_NAMES = re.compile("(dir|file|path|config|checkpoint)s?$")
 SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
@@ -142,8 +142,9 @@ def without_secrets(arguments) -> dict:
             for secret in secrets:
                 value = value.replace(secret, "[removed]")
             value = SECRET_VALUES.sub("[removed]", value)
-            # Elsewhere a leading slash means something else, in a prompt for instance.
-            return Path(value).name if PATH_NAMES.search(name) and os.path.isabs(value) else value
+            # A leading slash alone may mean something else, in a prompt for instance.
+            is_path = os.path.isabs(value) and (PATH_NAMES.search(name) or os.path.exists(value))
+            return Path(value).name if is_path else value
         return value
 
     return clean(dict(arguments))
