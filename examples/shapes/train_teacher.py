@@ -356,6 +356,7 @@ def main():
     if "transformer" in args.stages:
         if not args.init_from:
             pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
+            pipeline.vae.register_to_config(_name_or_path="")  # not a path of the machine it was trained on
         if not (work / "latents.pt").exists():
             torch.save(encode_renders(pipeline.vae, args.num_renders, args.seed + 2), work / "latents.pt")
         if "RANK" in os.environ:
