@@ -160,8 +160,14 @@ def test_the_licence_of_a_local_teacher_is_read_from_its_card(tmp_path):
     assert local_license(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Teacher\n")
     assert local_license(tmp_path) == "apache-2.0"
-    (tmp_path / "README.md").write_text("# A card without metadata\n")
-    assert local_license(tmp_path) is None
+    for unreadable in (
+        "# A card without metadata\n",
+        "---\nlicense: [mit\n---\n",
+        "---\n- mit\n---\n",
+        "---\n1: a\n---\n",
+    ):
+        (tmp_path / "README.md").write_text(unreadable)
+        assert local_license(tmp_path) is None, unreadable
 
 
 def test_a_folder_that_is_no_student_gets_no_card(tmp_path):

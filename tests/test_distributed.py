@@ -3,8 +3,10 @@
 """Two processes compute what one does."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedType
 from training_helpers import (
     SCRIPT,
     largest_difference,
@@ -18,7 +20,7 @@ from training_helpers import (
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.training.distributed import check_world_size
+from hf_flowdistill.training.distributed import check_accelerator, check_world_size
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT)
@@ -47,3 +49,18 @@ def test_processes_that_do_not_see_each_other(monkeypatch):
     check_world_size(2)
     with pytest.raises(UserError, match="started 2 processes but this one counts 1"):
         check_world_size(1)
+
+
+def test_launches_that_would_be_computed_wrongly():
+    def accelerator(precision, kind):
+        return SimpleNamespace(mixed_precision=precision, distributed_type=DistributedType(kind))
+
+    for precision in ("no", "bf16"):
+        for kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            check_accelerator(accelerator(precision, kind))
+    for precision in ("fp16", "fp8"):
+        with pytest.raises(UserError, match=f"mixed precision {precision} was launched.*bf16 or no"):
+            check_accelerator(accelerator(precision, "NO"))
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        with pytest.raises(UserError, match=f"{kind} was launched, but networks cannot be sharded yet"):
+            check_accelerator(accelerator("bf16", kind))
