@@ -223,7 +223,7 @@ def encode_text(pipeline, tokens):
 
 
 def build_optimizers(networks, learning_rate):
-    """Muon for the matrices of the transformer's blocks, AdamW for the rest; Muon needs about a third of the steps."""
+    """Muon for the matrices of the transformer's blocks, AdamW for the rest."""
     named = [(name, p) for name, p in networks.named_parameters() if p.requires_grad]
     is_matrix = [p.ndim == 2 and "transformer_blocks" in name for name, p in named]
     matrices = [p for (_, p), matrix in zip(named, is_matrix) if matrix]
@@ -245,7 +245,7 @@ def kind_of(prompt: str) -> str:
 
 
 def train_transformer(pipeline, args) -> None:
-    """Rectified flow, with sigma logit-normal(1, 1.3), since what is where is decided at sigma above 0.8.
+    """Rectified flow, with sigma logit-normal(1, 1.3), to practise high noise, where layout should be decided.
 
     Hard prompts are drawn more often; 10 % of the prompts are dropped; the text encoders learn along. One batch in 16
     appends null tokens, as many as the stock call or one, so that any number of them will do.
