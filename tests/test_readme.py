@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The README's commands do what the README says: train, sample, load both ways."""
 
+import configparser
 import os
 import re
 import shlex
@@ -76,8 +77,29 @@ def test_everything_the_readme_links_to_exists():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("script", ["train_sid_dit.py", "generate.py"])
-def test_help_names_its_arguments(script):
-    done = run([sys.executable, f"examples/score_distillation/{script}", "--help"], ROOT)
+def test_the_examples_need_what_the_package_needs():
+    """requirements.txt of the examples is the package's own list with its `train` extra."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needed = setup["options"]["install_requires"] + setup["options.extras_require"]["train"]
+    written = (ROOT / "examples" / "score_distillation" / "requirements.txt").read_text(encoding="utf-8")
+    assert written.split() == sorted(needed.split(), key=str.lower)
+
+
+LAUNCHED = [
+    *PROGRAMS["accelerate"],
+    "launch",
+    "--config_file",
+    "examples/score_distillation/accelerate_configs/cpu.yaml",
+]
+
+
+@pytest.mark.parametrize(
+    ("program", "script"),
+    [(LAUNCHED, "train_sid_dit.py"), (PROGRAMS["python"], "generate.py")],
+    ids=["launch", "python"],
+)
+def test_help_names_its_arguments(program, script):
+    done = run([*program, f"examples/score_distillation/{script}", "--help"], ROOT)
     assert done.returncode == 0 and "--pretrained_model_name_or_path" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 119

@@ -79,6 +79,16 @@ def test_accumulation_changes_nothing(tmp_path):
             assert math.isclose(first[name], second[name], rel_tol=1e-3, abs_tol=1e-6), name
 
 
+def test_sample_sheets_change_nothing(tmp_path):
+    """Validation prompts, a longer one among them, leave no trace in the networks: bit for bit."""
+    sheets = ("--validation_prompts", "red circle", "a red circle left of a blue square on a green ring")
+    run_here(*script_arguments(tmp_path / "without"))
+    run_here(*script_arguments(tmp_path / "with", *sheets, validation_images=4, num_validation_images=1))
+    assert (tmp_path / "with" / "validation" / "images-4.png").exists()
+    without, with_sheets = (networks_in(tmp_path / name / "checkpoint-8") for name in ("without", "with"))
+    assert largest_difference(without, with_sheets) == 0
+
+
 def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     """A NaN leaves both networks where they were, is counted, and ends the run when it keeps coming."""
     generator_turn = train_sid_dit.generator_turn

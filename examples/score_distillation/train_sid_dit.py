@@ -17,7 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
@@ -146,7 +148,7 @@ def parse_args(input_args=None):
     add("--output_dir", default="sid-dit", metavar="DIR", help="gets checkpoints, metrics.jsonl and student/")
     add("--checkpointing_images", type=int, default=50_000, metavar="IMAGES", help="interval of checkpoints; 0 = none")
     add("--checkpoints_total_limit", type=int, metavar="N", help="how many checkpoints are kept; all by default")
-    add("--resume_from_checkpoint", metavar="PATH", help="'latest' or a checkpoint; goes on bit for bit")
+    add("--resume_from_checkpoint", metavar="PATH", help="'latest' or a checkpoint; goes on bit for bit (on the CPU)")
     add("--validation_prompts", nargs="+", default=[], metavar="TEXT", help="prompts of the sample sheets")
     add("--validation_images", type=int, default=25_000, metavar="IMAGES", help="interval of sample sheets")
     add("--num_validation_images", type=int, default=4, metavar="N", help="samples per validation prompt")
@@ -220,6 +222,9 @@ def main(input_args=None):
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.logger.setLevel(logging.INFO)
+    for library in (diffusers, transformers):  # one progress bar: ours
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
     prompts = read_prompts(args.prompt_file)
