@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from scenes import CATEGORIES, COLOURS, Placed, Scene, coverage, related
+from scenes import CATEGORIES, COLOURS, HALF_SIDE, Placed, Scene, coverage, related
 
 
 MIN_CHROMA = 0.27  # max - min over RGB; backgrounds stay below 0.1, objects above 0.5
-MIN_AREA = 14  # pixels; the smallest object covers 40
+MIN_AREA = 14  # pixels; the smallest object covers 50
 MIN_OVERLAP = 0.72  # intersection over union with the best-fitting ideal shape
 IDEALS = {  # area / radius^2, and how far the centre of mass lies below the centre, / radius
     "circle": (np.pi, 0.0),
-    "square": (1.84**2, 0.0),
+    "square": ((2 * HALF_SIDE) ** 2, 0.0),
     "triangle": (2.0, 1 / 3),
 }
 

@@ -2,8 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What a shapes prompt means, and how it is drawn: the grammar and the renderer.
 
-Six categories, named after those of GenEval (arXiv 2310.11513). A prompt fixes what it says and nothing else: colours
-it does not name, every position, every size and the background are free, so that a prompt has many right pictures.
+Six categories, named after those of GenEval (arXiv 2310.11513). A prompt fixes what it says and little else: every
+position, every size and the background are free, so that a prompt has many right pictures. Where it names no colour, a
+shape has one that such shapes usually have; the objects of a counted group are alike.
 """
 
 import random
@@ -21,12 +22,14 @@ COLOURS = {  # RGB in [0, 1]; hues 60 degrees apart or more
     "yellow": (0.93, 0.83, 0.14),
     "purple": (0.76, 0.20, 0.80),
 }
+USUAL_COLOURS = {"circle": ("red", "yellow"), "square": ("green", "blue"), "triangle": ("purple",)}
 COUNTS = {"two": 2, "three": 3}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CATEGORIES = ("single_object", "colors", "two_object", "color_attribution", "counting", "position")
 
-MIN_RADIUS, MAX_RADIUS = 4.6, 6.4  # pixels
-GAP = 1.8  # pixels of background between the bounding boxes of two objects
+MIN_RADIUS, MAX_RADIUS = 5.0, 6.2  # pixels
+HALF_SIDE = 0.92  # of a square, in radii
+GAP = 4.0  # pixels of background between the bounding boxes of two objects
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ def place(scene: Scene, rng: random.Random) -> list[Placed]:
     """Put the objects of a scene anywhere they fit: uniform positions, rejected where boxes come closer than `GAP`."""
     while True:
         placed = []
+        usual = {shape: rng.choice(colours) for shape, colours in USUAL_COLOURS.items()}
         for shape, colour in scene.objects:
-            radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
+            if not placed or scene.category != "counting":
+                radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
             low, high = radius + 0.5, SIZE - radius - 0.5
             placed.append(
-                Placed(
-                    shape, colour or rng.choice(list(COLOURS)), rng.uniform(low, high), rng.uniform(low, high), radius
-                )
+                Placed(shape, colour or usual[shape], rng.uniform(low, high), rng.uniform(low, high), radius)
             )
         apart = all(
             max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
@@ -137,7 +140,7 @@ def coverage(shape: str, x, y, radius, size: int = SIZE) -> torch.Tensor:
     if shape == "circle":
         distance = (dx**2 + dy**2).sqrt() - radius
     elif shape == "square":
-        distance = torch.maximum(dx.abs(), dy.abs()) - 0.92 * radius
+        distance = torch.maximum(dx.abs(), dy.abs()) - HALF_SIDE * radius
     else:  # an upright triangle that fills its box
         slope = (1 + 0.25) ** 0.5
         distance = torch.maximum(dy - radius, (dx.abs() - (dy + radius) / 2) / slope)

@@ -42,12 +42,12 @@ from scenes import CATEGORIES, COUNTS, SIZE, random_scene, render
 TEXT_LENGTH = 10  # tokens: the longest prompt has eight words, between a start and an end token
 TEXT_WIDTH = 64
 SHARES = {
-    "three": 0.26,
-    "two kinds": 0.22,
-    "relation": 0.22,
-    "two": 0.14,
-    "two colours": 0.11,
-    "one": 0.05,
+    "three": 0.34,
+    "two": 0.20,
+    "relation": 0.18,
+    "two kinds": 0.12,
+    "two colours": 0.12,
+    "one": 0.04,
 }  # of a batch
 NULL_TOKENS = 256  # how many zeros StableDiffusion3Pipeline appends by default for the third text encoder
 
@@ -356,13 +356,14 @@ def main():
     if "transformer" in args.stages:
         if not args.init_from:
             pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
-            pipeline.vae.register_to_config(_name_or_path="")  # not a path of the machine it was trained on
         if not (work / "latents.pt").exists():
             torch.save(encode_renders(pipeline.vae, args.num_renders, args.seed + 2), work / "latents.pt")
         if "RANK" in os.environ:
             torch.distributed.init_process_group("gloo")
         train_transformer(pipeline, args)
         if int(os.environ.get("RANK", 0)) == 0:
+            for part in (pipeline, pipeline.vae, pipeline.transformer):  # no path of the machine it was trained on
+                part.register_to_config(_name_or_path="")
             pipeline.save_pretrained(args.output_dir)
             # half the size to download; from_pretrained loads it in float32 all the same
             pipeline.transformer.half().save_pretrained(Path(args.output_dir) / "transformer")
