@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import matplotlib
+import transformers
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image, ImageDraw
 from safetensors.torch import load_model
 
@@ -174,6 +176,9 @@ def main():
     args, more = parse_args()
     if args.num_prompts < len(CATEGORIES) * 10 or args.curve_prompts < len(CATEGORIES) * 10:
         raise UserError(f"--num_prompts and --curve_prompts must be at least {len(CATEGORIES) * 10}.")
+    for library_logging in (logging, transformers.logging):  # bars of loaded weights are not what one waits for
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
     output = Path(args.output_dir).resolve()
     run = output / "run"
     minutes = train(run, args, more)
