@@ -40,6 +40,8 @@ def test_demo_writes_report_and_pictures(tmp_path):
     assert forwards["student", 4, 1.0] == 4 and forwards["undistilled", 4, 1.0] == 4
     assert {n for (name, steps, _), n in forwards.items() if name == "teacher" and steps == 28} == {56}
     assert format_table(rows) in done.stdout
+    curve = json.loads((tmp_path / "demo" / "curve.json").read_text())
+    assert [point["images_seen"] for point in curve] == [48, 96] and set(curve[0]) == KEYS | {"images_seen"}
     for name in ("grid.png", "curve.png"):
         assert min(Image.open(tmp_path / "demo" / name).size) > 300
 

@@ -4,8 +4,9 @@
 
     python examples/shapes/demo.py
 
-Writes, in --output_dir: run/ (the training, with the student in run/student), report.json, grid.png and curve.png.
-Run again after an interruption, it goes on where it stopped. Other arguments are those of train_sid_dit.py.
+Writes, in --output_dir: run/ (the training, with the student in run/student), report.json, grid.png, and curve.png
+with its numbers in curve.json. Run again after an interruption, it goes on where it stopped. Other arguments are those
+of train_sid_dit.py.
 """
 
 import argparse
@@ -193,6 +194,7 @@ def main():
         images_seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
         judged.append({"images_seen": images_seen, **judge("student", student, 4, 1.0)})
     student.register_modules(transformer=final)
+    save_report(judged, output / "curve.json")
     # the same prompts for the teacher, since the FID of fewer pictures is higher
     references = [judge("teacher", pipelines["teacher"], n, args.guidance_scale) for n in (28, 4)]
 
