@@ -11,9 +11,7 @@ import json
 import math
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -21,7 +19,7 @@ from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.training.arguments import ArgumentParser, json_object
+from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
 
 
 def parse_args(input_args=None):
@@ -91,9 +89,7 @@ def call_arguments(args, pipeline):
 
 def main(input_args=None):
     args = parse_args(input_args)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence_libraries()
     pipeline = load(args)
     call = call_arguments(args, pipeline)
     prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]

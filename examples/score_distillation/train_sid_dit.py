@@ -17,9 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
@@ -37,7 +35,7 @@ from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import Conditioning, decode, encode_prompts, learn_contract
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object
+from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object, silence_libraries
 from hf_flowdistill.training.distributed import (
     check_accelerator,
     check_world_size,
@@ -222,9 +220,7 @@ def main(input_args=None):
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.logger.setLevel(logging.INFO)
-    for library in (diffusers, transformers):  # one progress bar: ours
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence_libraries()
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
     prompts = read_prompts(args.prompt_file)

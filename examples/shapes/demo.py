@@ -19,9 +19,7 @@ import time
 from pathlib import Path
 
 import matplotlib
-import transformers
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from PIL import Image, ImageDraw
 from safetensors.torch import load_model
 
@@ -32,6 +30,7 @@ from hf_flowdistill.evaluation.fid import FID
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_table, row, save_report
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.training.arguments import silence_libraries
 from hf_flowdistill.training.checkpointing import checkpoints
 from scenes import CATEGORIES, random_scene, render
 
@@ -177,9 +176,7 @@ def main():
     args, more = parse_args()
     if args.num_prompts < len(CATEGORIES) * 10 or args.curve_prompts < len(CATEGORIES) * 10:
         raise UserError(f"--num_prompts and --curve_prompts must be at least {len(CATEGORIES) * 10}.")
-    for library_logging in (logging, transformers.logging):  # bars of loaded weights are not what one waits for
-        library_logging.set_verbosity_error()
-        library_logging.disable_progress_bar()
+    silence_libraries()
     output = Path(args.output_dir).resolve()
     run = output / "run"
     minutes = train(run, args, more)

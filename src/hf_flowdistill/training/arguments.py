@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import diffusers
+import transformers
 import yaml
 
 from hf_flowdistill.errors import UserError
@@ -48,6 +50,13 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")
         return [word for name, value in values.items() for word in _words(flags[name], value)]
+
+
+def silence_libraries() -> None:
+    """Errors only from diffusers and transformers, and no bars of loaded weights: a script has one bar, its own."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def json_object(text: str) -> dict:
