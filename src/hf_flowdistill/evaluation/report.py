@@ -41,10 +41,15 @@ def format_table(rows: list[dict]) -> str:
         ]
         for r in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
+    return format_cells([header, *lines])
+
+
+def format_cells(lines: list[list[str]]) -> str:
+    """Lines of cells, the header first, as a Markdown table: the first column flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
     lines = [
         [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
-        for line in [header, rule, *lines]
+        for line in [lines[0], rule, *lines[1:]]
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

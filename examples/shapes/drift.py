@@ -1,0 +1,154 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What score distillation would do to pictures that are already right: the guided teacher's own.
+
+    python examples/shapes/drift.py
+
+A fake score is fitted to latents that the teacher itself made, with guidance, in 28 steps. The generator's gradient is
+driven by x0_teacher - x0_fake, which would be zero if such latents were what the distillation is after. The table says
+how far from zero it is, at noised versions of latents held out, for the guided and for the unguided teacher:
+
+    gap    sqrt(mean (x0_teacher - x0_fake)^2), in units of the latents
+    push   <x0_teacher - x0_fake, x0_fake> / <x0_fake, x0_fake>, the part of it that changes only the contrast
+"""
+
+import argparse
+import copy
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from demo import CALL, HERE
+from hf_flowdistill import flow
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.evaluation.report import format_cells
+from hf_flowdistill.losses.sid import fake_score_loss
+from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.teachers import encode_prompts, learn_contract
+from hf_flowdistill.timesteps import logit_normal
+from hf_flowdistill.training.arguments import silence_libraries
+from scenes import random_scene
+
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+HELD_OUT = 400
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher and of the fake score")
+    parser.add_argument("--num_latents", type=int, default=4000, help=f"that the teacher makes, {HELD_OUT} held out")
+    parser.add_argument("--updates", type=int, default=400, help="of the fake score, in batches of 48")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the fake score, decaying to zero")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_file", help="the figures as JSON")
+    return parser.parse_args()
+
+
+def make_latents(contract, teacher, conditional, unconditional, scale, noise, num_steps=28):
+    """The teacher's own latents, by Euler's method on evenly spaced sigmas."""
+    sigmas, x_t = torch.linspace(1, 0, num_steps + 1), noise
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        level = sigma.expand(len(x_t))
+        velocity = contract.guided_velocity(teacher, x_t, level, conditional, unconditional, scale)
+        x_t = x_t + (following - sigma) * velocity
+    return x_t
+
+
+def fit_fake_score(network, contract, conditional, unconditional, latents, args, generator):
+    """The fake score's own regression, on fixed latents."""
+    optimizer = torch.optim.Adam(network.parameters())
+    for update in range(args.updates):
+        pick = torch.randint(len(latents), (48,), generator=generator).tolist()
+        x0, sigma = latents[pick], logit_normal(48, mean=1.0, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        velocity = contract.guided_velocity(
+            network, flow.add_noise(x0, noise, sigma), sigma, conditional[pick], unconditional, args.guidance_scale
+        )
+        optimizer.zero_grad()
+        fake_score_loss(velocity, x0, noise)[0].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - update / args.updates)
+        optimizer.step()
+
+
+def measure(contract, teacher, fake_score, conditional, unconditional, latents, guidance_scale, generator):
+    """One row per noise level and guidance of the teacher."""
+    rows = []
+    for level in SIGMAS:
+        sigma = torch.full((len(latents),), level)
+        x_t = flow.add_noise(latents, torch.randn(latents.shape, generator=generator), sigma)
+
+        def predict_x0(network, scale, x_t=x_t, sigma=sigma):
+            velocity = contract.guided_velocity(network, x_t, sigma, conditional, unconditional, scale)
+            return flow.x0_from_velocity(x_t, velocity, sigma)
+
+        x0_fake = predict_x0(fake_score, guidance_scale)
+        for scale in (guidance_scale, 1.0):
+            gap = predict_x0(teacher, scale) - x0_fake
+            push = (gap * x0_fake).sum() / x0_fake.square().sum()
+            rows.append(
+                {
+                    "sigma": level,
+                    "guidance_scale": scale,
+                    "gap": gap.square().mean().sqrt().item(),
+                    "push": push.item(),
+                }
+            )
+    return rows
+
+
+def main():
+    args = parse_args()
+    if args.num_latents < 2 * HELD_OUT:
+        raise UserError(f"--num_latents must be at least {2 * HELD_OUT}: {HELD_OUT} of them are held out.")
+    if args.guidance_scale == 1:
+        raise UserError("--guidance_scale 1 is no guidance: give another one to compare with it.")
+    silence_libraries()
+    pipeline = load_pipeline(args.teacher)
+    contract = learn_contract(pipeline, height=40, width=40, pipeline_kwargs=CALL)
+    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+    prompts = [random_scene(rng).prompt for _ in range(args.num_latents)]
+    conditional, unconditional = encode_prompts(pipeline, contract, prompts)
+    teacher = pipeline.transformer.requires_grad_(False)
+
+    print(f"making {args.num_latents} latents with the teacher ...", flush=True)
+    parts = [list(range(i, min(i + 200, args.num_latents))) for i in range(0, args.num_latents, 200)]
+    with torch.no_grad():
+        latents = torch.cat(
+            [
+                make_latents(
+                    *(contract, teacher, conditional[part], unconditional, args.guidance_scale),
+                    noise=torch.randn(len(part), *contract.latent_shape, generator=generator),
+                )
+                for part in parts
+            ]
+        )
+    print(f"fitting a fake score in {args.updates} updates ...", flush=True)
+    fake_score = copy.deepcopy(teacher).requires_grad_(True)
+    fit_fake_score(fake_score, contract, conditional, unconditional, latents[:-HELD_OUT], args, generator)
+    held_out = list(range(args.num_latents - HELD_OUT, args.num_latents))
+    with torch.no_grad():
+        rows = measure(
+            *(contract, teacher, fake_score, conditional[held_out], unconditional, latents[held_out]),
+            *(args.guidance_scale, generator),
+        )
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(rows, indent=2) + "\n")
+    print(format_rows(rows))
+
+
+def format_rows(rows: list[dict]) -> str:
+    """One line per noise level: the guided teacher's gap and push, then the unguided one's."""
+    lines = [["sigma", "gap, guided", "push, guided", "gap, unguided", "push, unguided"]]
+    for guided, unguided in zip(rows[::2], rows[1::2]):
+        figures = [figure for row in (guided, unguided) for figure in (f"{row['gap']:.3f}", f"{row['push']:+.1%}")]
+        lines.append([f"{guided['sigma']:g}", *figures])
+    return format_cells(lines)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,136 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Distil the shapes teacher with several seeds, and tabulate the students beside their teacher and the controls.
+
+    make shapes-table
+
+Every seed is a training and a judgement of its own, on prompts, pictures and real renders of its own, so the spread is
+that of the whole experiment. Writes seed-N/ (the training, and its rows) in --output_dir, all rows to --results, and
+their means and standard deviations as a table into the --documents, between two marked lines. Run again after an
+interruption, it goes on where it stopped. Other arguments are those of train_sid_dit.py.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+
+from demo import HERE, REPOSITORY, Judge, load_pipelines, train
+from detector import accuracy
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.evaluation.report import format_cells, save_report
+from hf_flowdistill.training.arguments import silence_libraries
+from scenes import CATEGORIES, render
+
+
+MARKS = ("<!-- table of `make shapes-table` -->", "<!-- end of the table -->")
+
+
+def judge_seed(judge, pipelines, guidance_scale: float, references: list[float]) -> list[dict]:
+    """The rows of one seed: real renders, the teacher, its controls, the student."""
+    renders = render(judge.scenes, random.Random(judge.seed + 1))
+    right, by_category = accuracy(judge.scenes, renders)
+    rows = [{"pipeline": "renders", "accuracy": right, "accuracy_by_category": by_category, "fid": judge.fid(renders)}]
+    cases = [("teacher", 28, scale) for scale in sorted({guidance_scale, *references})]
+    cases += [("teacher", n, guidance_scale) for n in (4, 2, 1)]
+    cases += [("undistilled", n, scale) for scale in (guidance_scale, 1.0) for n in (4, 2, 1)]
+    cases += [("student", n, 1.0) for n in (4, 2, 1)]
+    for name, num_steps, scale in cases:
+        rows.append(judge(name, pipelines[name], num_steps, scale))
+        figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
+        print(f"  {name}, {num_steps} steps, guidance {scale:g}: {figures}", flush=True)
+    return rows
+
+
+def summarize(rows: list[dict]) -> str:
+    """Rows of several seeds as a Markdown table of means and standard deviations over the seeds."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["pipeline"], row.get("num_steps"), row.get("guidance_scale")), []).append(row)
+
+    def over_seeds(values, digits):
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = [["pipeline", "steps", "guidance", "accuracy", "worst category", "FID", "forwards/image"]]
+    for (name, num_steps, scale), members in groups.items():
+        means = {c: statistics.mean(m["accuracy_by_category"][c] for m in members) for c in CATEGORIES}
+        worst = min(means, key=means.get)
+        lines.append(
+            [
+                name,
+                "" if num_steps is None else str(num_steps),
+                "" if scale is None else f"{scale:g}",
+                over_seeds([m["accuracy"] for m in members], 3),
+                f"{worst} {means[worst]:.2f}",
+                over_seeds([m["fid"] for m in members], 1),
+                f"{members[0]['forwards_per_image']:g}" if "forwards_per_image" in members[0] else "",
+            ]
+        )
+    return format_cells(lines)
+
+
+def insert(table: str, document: Path) -> None:
+    """Put the table between the marks of a Markdown file, in place of the one that is there."""
+    before, rest = document.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    document.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="shapes-table", help="where the runs are (default: shapes-table)")
+    parser.add_argument("--results", default=str(REPOSITORY / "docs/results/shapes.json"), help="file of all rows")
+    parser.add_argument(
+        "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings")
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    parser.add_argument(
+        "--reference_guidance_scales",
+        nargs="*",
+        type=float,
+        default=[1.0, 1.5, 2.5, 3.0],
+        help="of the teacher at 28 steps beside it, to see its best FID and its best accuracy",
+    )
+    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
+    return parser.parse_known_args()
+
+
+def main():
+    args, more = parse_args()
+    if args.num_prompts < len(CATEGORIES) * 10:
+        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    for document in args.documents:
+        if not Path(document).is_file() or any(Path(document).read_text("utf-8").count(mark) != 1 for mark in MARKS):
+            raise UserError(f"{document} has no place for the table: write a line {MARKS[0]} and a line {MARKS[1]}.")
+    silence_libraries()
+    rows = []
+    for seed in args.seeds:
+        folder = Path(args.output_dir).resolve() / f"seed-{seed}"
+        minutes = train(folder / "run", args, [*more, "--seed", str(seed)])
+        settings = {"num_prompts": args.num_prompts, "guidance_scales": args.reference_guidance_scales}
+        judged = folder / "report.json"
+        report = json.loads(judged.read_text()) if judged.exists() else {}
+        if report.get("settings") != settings:
+            print(f"seed {seed}: {minutes:.1f} minutes; judging {args.num_prompts} fresh prompts ...", flush=True)
+            pipelines = load_pipelines(Path(args.teacher), folder / "run" / "student")
+            judge = Judge(args.num_prompts, 2026 + seed)
+            report = {
+                "settings": settings,
+                "rows": judge_seed(judge, pipelines, args.guidance_scale, args.reference_guidance_scales),
+            }
+            judged.write_text(json.dumps(report))
+        rows += [row | {"seed": seed} for row in report["rows"]]
+    save_report(rows, args.results)
+    table = summarize(rows)
+    for document in args.documents:
+        insert(table, Path(document))
+    print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,78 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`make shapes-table` end to end, shortened: rows of every seed, means and spreads in the documents."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from table import summarize
+
+
+ROOT = Path(__file__).parents[1]
+SHORT = """--seeds 0 1 --num_prompts 60 --max_train_images 48 --checkpointing_images 48 --validation_images 48
+--report_to none --reference_guidance_scales 1.0""".split()
+DOCUMENT = "before\n<!-- table of `make shapes-table` -->\nold\n<!-- end of the table -->\nafter\n"
+
+
+def table(folder, *more):
+    words = [sys.executable, ROOT / "examples/shapes/table.py", "--output_dir", folder / "runs"]
+    words += ["--results", folder / "shapes.json", "--documents", folder / "shapes.md", *SHORT, *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(w) for w in words], env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "shapes.md").write_text(DOCUMENT)
+    done = table(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_seed_has_every_row(made):
+    rows = json.loads((made / "shapes.json").read_text())
+    few = {(name, n) for name in ("teacher", "undistilled", "student") for n in (1, 2, 4)}
+    for seed in (0, 1):
+        cases = [(r["pipeline"], r.get("num_steps")) for r in rows if r["seed"] == seed]
+        assert set(cases) == few | {("renders", None), ("teacher", 28)}
+        assert cases.count(("teacher", 28)) == 2  # the recipe's guidance and the one beside it
+    students = [r["fid"] for r in rows if (r["pipeline"], r.get("num_steps")) == ("student", 4)]
+    assert students[0] != students[1]
+    (renders, _) = [r for r in rows if r["pipeline"] == "renders"]
+    assert renders["accuracy"] >= 0.95
+
+
+def test_the_document_shows_means_and_spreads(made):
+    rows, text = json.loads((made / "shapes.json").read_text()), (made / "shapes.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    (line,) = [line for line in text.splitlines() if re.match(r"\| student +\| +4 ", line)]
+    fids = [r["fid"] for r in rows if (r["pipeline"], r.get("num_steps")) == ("student", 4)]
+    assert f"{statistics.mean(fids):.1f} ± {statistics.stdev(fids):.1f}" in line
+
+
+def test_a_second_run_judges_nothing_again(made):
+    before, written = (made / "shapes.md").read_text(), (made / "runs/seed-0/report.json").stat().st_mtime_ns
+    done = table(made)
+    assert done.returncode == 0 and "judging" not in done.stdout
+    assert (made / "shapes.md").read_text() == before
+    assert (made / "runs/seed-0/report.json").stat().st_mtime_ns == written
+
+
+def test_the_documents_table_is_that_of_the_results():
+    rows = json.loads((ROOT / "docs/results/shapes.json").read_text())
+    assert summarize(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+
+
+def test_a_document_without_a_place_is_refused_first(tmp_path):
+    (tmp_path / "shapes.md").write_text("no marks")
+    done = table(tmp_path)
+    assert done.returncode == 2 and "has no place for the table" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
