@@ -63,8 +63,6 @@ def test_the_push_is_the_contrast_that_is_missing(shapes):
     _, contract, teacher, conditional, unconditional, latents = shapes
 
     class Faint:
-        latent_shape = contract.latent_shape
-
         def guided_velocity(self, network, x_t, sigma, *conditioning):
             velocity = contract.guided_velocity(teacher, x_t, sigma, *conditioning)
             level = sigma.view(-1, 1, 1, 1)

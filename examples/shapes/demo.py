@@ -107,6 +107,12 @@ def load_pipelines(teacher_dir: Path, student_dir: Path) -> dict:
     }
 
 
+def few_step_cases(guidance_scale: float) -> list[tuple[str, int, float]]:
+    """(pipeline, steps, guidance) of the student and of all that it is compared with at its own numbers of steps."""
+    cases = [("teacher", guidance_scale), ("undistilled", guidance_scale), ("undistilled", 1.0), ("student", 1.0)]
+    return [(name, num_steps, scale) for name, scale in cases for num_steps in (4, 2, 1)]
+
+
 def load_average(network, checkpoint: Path):
     """A copy of `network` with the averaged generator of a checkpoint in it."""
     network = copy.deepcopy(network)
@@ -197,11 +203,8 @@ def main():
 
     print(f"judging {args.num_prompts} freshly drawn prompts ...", flush=True)
     judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
-    cases = [("teacher", 28, scale)] + [("teacher", n, scale) for n in (4, 2, 1)]
-    cases += [("undistilled", n, guidance) for guidance in (scale, 1.0) for n in (4, 2, 1)]
-    cases += [("student", n, 1.0) for n in (4, 2, 1)]
     rows = []
-    for name, num_steps, guidance in cases:
+    for name, num_steps, guidance in [("teacher", 28, scale), *few_step_cases(scale)]:
         rows.append(judge(name, pipelines[name], num_steps, guidance))
         print(
             f"  {name}, {num_steps} steps: accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}", flush=True

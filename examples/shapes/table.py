@@ -16,7 +16,7 @@ import random
 import statistics
 from pathlib import Path
 
-from demo import HERE, REPOSITORY, Judge, load_pipelines, train
+from demo import HERE, REPOSITORY, Judge, few_step_cases, load_pipelines, train
 from detector import accuracy
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
@@ -33,10 +33,7 @@ def judge_seed(judge, pipelines, guidance_scale: float, references: list[float])
     right, by_category = accuracy(judge.scenes, renders)
     rows = [{"pipeline": "renders", "accuracy": right, "accuracy_by_category": by_category, "fid": judge.fid(renders)}]
     cases = [("teacher", 28, scale) for scale in sorted({guidance_scale, *references})]
-    cases += [("teacher", n, guidance_scale) for n in (4, 2, 1)]
-    cases += [("undistilled", n, scale) for scale in (guidance_scale, 1.0) for n in (4, 2, 1)]
-    cases += [("student", n, 1.0) for n in (4, 2, 1)]
-    for name, num_steps, scale in cases:
+    for name, num_steps, scale in [*cases, *few_step_cases(guidance_scale)]:
         rows.append(judge(name, pipelines[name], num_steps, scale))
         figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
         print(f"  {name}, {num_steps} steps, guidance {scale:g}: {figures}", flush=True)
