@@ -189,6 +189,7 @@ def test_sum_over_elements_mean_over_batch_and_diagnostics():
         "weight": 0.5,
         "x0_mean": 1,
         "x0_std": 0,
+        "x0_peak": 1,
         "x0_teacher_mean": 4,
         "x0_teacher_std": 0,
     }

@@ -23,6 +23,7 @@ from training_helpers import (
     metrics,
     networks_in,
     prompt_file,
+    run_command,
     run_here,
     saved_teacher,
     script_arguments,
@@ -57,6 +58,17 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
     assert largest_difference(student, {name: average[name] for name in student}) == 0
     trained = [name for name in start if name.endswith("to_q.weight")]
     assert trained and not any(torch.equal(student[name], start[name]) for name in trained)
+
+
+def test_a_run_that_drifts_says_so(tmp_path):
+    """At a hundred times a sane rate, the average of 25 updates leaves its range; each monitor is told once."""
+    schedule = {"num_steps": 1, "gradient_accumulation_steps": 1, "max_train_images": 60, "checkpointing_images": 60}
+    done = run_command(SCRIPT, *script_arguments(tmp_path / "run", **schedule, learning_rate=0.03))
+    told = re.findall(r"(\d+) images: (\w+) is [\d.]+, normally", done.stderr)
+    assert told and len({name for _, name in told}) == len(told)
+    lines = metrics(tmp_path / "run")
+    for seen, name in told:
+        assert int(seen) >= 50 and lines[int(seen) // 2 - 1][name] > 1.4
 
 
 def test_accumulation_changes_nothing(tmp_path):

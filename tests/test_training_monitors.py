@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from hf_flowdistill.training.monitors import MetricsFile, average_metrics, latent_statistics, tracker_config
+from hf_flowdistill.training.monitors import (
+    MetricsFile,
+    average_metrics,
+    drift,
+    measure_teacher,
+    tracker_config,
+    watch,
+)
 
 
 def test_averages_pool_the_spread():
@@ -25,22 +32,54 @@ def test_averages_show_what_is_not_finite():
     assert math.isnan(means["x_mean"]) and math.isnan(means["x_std"]) and means["loss"] == 1
 
 
-def test_latent_statistics_of_a_gaussian():
-    """Data N(m, s^2) have a velocity in closed form; the sampler's mean and spread must be theirs."""
-    mean, std = 0.7, 0.5
+def test_the_teacher_of_a_gaussian():
+    """Data N(m, s^2) have a velocity in closed form; the sampler's mean and spread, and the error, must be theirs."""
+    mean, std, level = 0.7, 0.5, 0.6
 
     def velocity(x_t, sigma, conditional, unconditional):
-        assert len(conditional) == len(x_t) and not torch.is_grad_enabled()
+        assert len(conditional) == len(x_t) <= 300 and not torch.is_grad_enabled()
         sigma = sigma[:, None]
         variance = (1 - sigma) ** 2 * std**2 + sigma**2
         residual = x_t - (1 - sigma) * mean
         x0 = mean + (1 - sigma) * std**2 / variance * residual
         return sigma / variance * residual - x0
 
-    noise = torch.randn(1000, 20, generator=torch.Generator().manual_seed(0))
-    measured = latent_statistics(velocity, noise, torch.zeros(1000, 1), None, batch_size=300, num_steps=200)
+    generator = torch.Generator().manual_seed(0)
+    noise, *noises = (torch.randn(1000, 20, generator=generator) for _ in range(4))
+    sigmas, words = [torch.full((1000,), level)] * 3, torch.zeros(1000, 1)
+    measured = measure_teacher(velocity, velocity, noise, sigmas, noises, words, None, batch_size=300, num_steps=200)
     assert measured["teacher_latent_mean"] == pytest.approx(mean, abs=0.02)
     assert measured["teacher_latent_std"] == pytest.approx(std, abs=0.02)
+    assert measured["teacher_latent_peak"] == pytest.approx(1.63, abs=0.03)  # E max |N(.7, .5)| of 20, by simulation
+    assert measured["teacher_error"] == pytest.approx(std**2 / ((1 - level) ** 2 * std**2 + level**2), rel=0.02)
+
+
+TEACHER = {"teacher_latent_mean": 0.1, "teacher_latent_std": 0.5, "teacher_latent_peak": 2.0, "teacher_error": 0.2}
+
+
+def test_drift_is_in_units_of_the_teacher():
+    generator = {"x0_mean": 0.2, "x0_std": 0.75, "x0_peak": 1.0, "fake_score_error": 0.5}
+    assert drift(TEACHER | generator) == pytest.approx(
+        {"latent_shift": 0.2, "latent_spread": 1.5, "latent_peak": 0.5, "fake_score_lag": 2.5}
+    )
+
+
+def test_a_monitor_that_leaves_its_range_is_told_once():
+    """The overshoot comes after 30 updates, goes after 30 more, and comes again."""
+    averages, told = {}, []
+    for update in range(130):
+        high = 30 <= update < 60 or update >= 100
+        for k in (1, 2):
+            values = {
+                "latent_shift": 0.0,
+                "latent_spread": 2.0 if high and k == 2 else 1.0,
+                "fake_score_lag": 9.0 * (k == 1),
+            }
+            record = {"k": k, "images_seen": update, "latent_peak": math.nan if update % 7 else 1.0, **values}
+            told += [(update, sentence) for sentence in watch(record, averages, num_steps=2)]
+    assert [update for update, _ in told] == [42, 108]
+    assert all("latent_spread is 1.4" in sentence and "--learning_rate" in sentence for _, sentence in told)
+    json.dumps(averages)  # it travels in a checkpoint's state.json
 
 
 def test_metrics_file_is_cut_where_a_run_goes_on(tmp_path):

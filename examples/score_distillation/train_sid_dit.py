@@ -53,7 +53,7 @@ logger = get_logger(__name__)
 MAX_SKIPPED_IN_A_ROW = 5
 PROGRESS = (
     "gap {x0_gap:.4f}, latent {x0_mean:+.3f}/{x0_std:.3f} "
-    "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), "
+    "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), lag {fake_score_lag:.2f}, "
     "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}"
 )
 ALLOWED = (  # which arguments, what they must be, and how to tell
@@ -271,8 +271,8 @@ def main(input_args=None):
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
     run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
     if checkpoint is None:
-        run.state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": settings}
-        run.state["teacher_latents"] = measure_teacher(run)
+        run.state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": settings, "averages": {}}
+        run.state["teacher"] = measure_teacher(run)
     else:
         run.state = checkpointing.load_checkpoint(checkpoint, **run.saved)
         logger.info(f"going on from {checkpoint}")
@@ -330,9 +330,13 @@ def train(run):
             record = {
                 **{name: state[name] for name in ("images_seen", "step", "skipped_updates")},
                 **{"k": k, "learning_rate": rate, **fake_metrics, **metrics},
-                **state["teacher_latents"],
+                **state["teacher"],
                 "images_per_second": images_per_update / (time.perf_counter() - start),
             }
+            record |= monitors.drift(record)
+            for sentence in monitors.watch(record, state["averages"], num_steps=args.num_steps):
+                progress.clear()
+                logger.warning(sentence)
             metrics_file.write(record)
             run.accelerator.log(record, step=state["images_seen"])
             progress.set_postfix_str(PROGRESS.format(**record), refresh=False)
@@ -395,20 +399,19 @@ def is_due(run, interval):
 
 
 def measure_teacher(run):
-    """Mean and std of the teacher's own latents for 16 prompts, beside which the generator's are shown."""
+    """The teacher's own latents for 16 prompts, and its own loss on them, beside which the generator's are shown."""
     args, device = run.args, run.accelerator.device
     rows = run.prompts.rows("reference", range(min(16, run.prompts.count)))
+    draw = functools.partial(sample_noise, seed=args.seed, step=0, indices=range(len(rows)), device=device)
+    velocity = functools.partial(run.contract.guided_velocity, run.networks.teacher)
+    levels = [draw((), purpose=f"reference sigma {i}") for i in range(8)]
     with run.accelerator.autocast():
-        return monitors.latent_statistics(
-            functools.partial(run.contract.guided_velocity, run.networks.teacher, scale=args.teacher_guidance_scale),
-            sample_noise(
-                run.contract.latent_shape,
-                seed=args.seed,
-                step=0,
-                purpose="reference",
-                indices=range(len(rows)),
-                device=device,
-            ),
+        return monitors.measure_teacher(
+            functools.partial(velocity, scale=args.teacher_guidance_scale),
+            functools.partial(velocity, scale=args.fake_train_guidance_scale),
+            draw(run.contract.latent_shape, purpose="reference"),
+            [sigma_from_normal(level, args.sigma_mean, args.sigma_std) for level in levels],
+            [draw(run.contract.latent_shape, purpose=f"reference noise {i}") for i in range(len(levels))],
             run.conditional[rows].to(device),
             run.unconditional,
             batch_size=args.train_batch_size,

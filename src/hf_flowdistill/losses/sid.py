@@ -42,7 +42,8 @@ def sid_generator_loss(
     Returns:
         The scalar loss, and a dict of detached scalars. The loss is signed and, at alpha = 1, zero in expectation
         whenever the fake score is right, so its value says nothing about progress. The diagnostics do:
-        "x0_gap" = mean |x0_teacher - x0_fake|, "weight", "x0_mean", "x0_std", "x0_teacher_mean", "x0_teacher_std".
+        "x0_gap" = mean |x0_teacher - x0_fake|, "weight", "x0_mean", "x0_std" and "x0_peak" (`x0_statistics`),
+        "x0_teacher_mean", "x0_teacher_std".
 
     Raises:
         UserError: unknown weighting.
@@ -62,12 +63,17 @@ def sid_generator_loss(
             diagnostics = {
                 "x0_gap": gap.abs().mean(),
                 "weight": weight.mean(),
-                "x0_mean": x0.mean(),
-                "x0_std": x0.std(correction=0),
+                **{f"x0_{name}": value for name, value in x0_statistics(x0).items()},
                 "x0_teacher_mean": x0_teacher.mean(),
                 "x0_teacher_std": x0_teacher.std(correction=0),
             }
     return loss, diagnostics
+
+
+def x0_statistics(x0: Tensor) -> dict[str, Tensor]:
+    """Of latents [B, ...]: "mean" and "std" over all elements, and "peak", the largest |element| of a sample, averaged
+    over the samples, which grows where colours saturate. Scalars."""
+    return {"mean": x0.mean(), "std": x0.std(correction=0), "peak": x0.abs().flatten(1).amax(1).mean()}
 
 
 def fake_score_loss(velocity_fake: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

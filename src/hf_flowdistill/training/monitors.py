@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_flowdistill.flow import add_noise
+from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 from hf_flowdistill.training.distributed import mean_over_ranks
+
+
+OUTRUN = "the generator may be outrunning the fake score; try a lower --learning_rate"
+NORMAL = {  # monitor of the last sampler step, averaged: (lowest, highest, what it may mean)
+    "latent_shift": (-0.5, 0.5, OUTRUN),
+    "latent_spread": (0.5, 1.4, OUTRUN),
+    "latent_peak": (0.5, 1.4, OUTRUN),
+    "fake_score_lag": (0.0, 1.75, OUTRUN),
+}
+AVERAGED_UPDATES = 25  # of the last sampler step
 
 
 def average_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -34,22 +46,71 @@ def average_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, f
 
 
 @torch.no_grad()
-def latent_statistics(velocity, noise, conditional, unconditional, *, batch_size: int, num_steps: int = 20) -> dict:
-    """Mean and standard deviation, over all elements, of latents that the teacher samples from `noise`, [B, ...].
+def measure_teacher(sample, regress, noise, sigmas, noises, conditional, unconditional, *, batch_size, num_steps=20):
+    """What the generator is shown beside: statistics of latents that the teacher makes itself, and its loss on them.
 
-    `velocity(x_t=, sigma=, conditional=, unconditional=)` is integrated from sigma 1 to 0 in `num_steps` equal Euler
-    steps, `batch_size` samples at a time. Returns "teacher_latent_mean" and "teacher_latent_std".
+    Args:
+        sample: `sample(x_t=, sigma=, conditional=, unconditional=)`, the velocity that is integrated from `noise` at
+            sigma 1 to 0 in `num_steps` equal Euler steps.
+        regress: the same signature, the velocity whose regression error is taken on the finished latents.
+        noise: [B, ...], the latents at sigma 1.
+        sigmas: tensors [B] in (0, 1), the noise levels of that error, with `noises`, tensors [B, ...].
+        batch_size: how many samples go through the network at a time.
+
+    Returns:
+        "teacher_latent_mean", "_std" and "_peak" (of `x0_statistics`), and "teacher_error", the mean of
+        `fake_score_loss`'s "fake_score_error".
     """
-    samples = []
+    latents, errors = [], []
     for rows in torch.arange(len(noise)).split(batch_size):
-        x_t = noise[rows.to(noise.device)]
+        there, words = rows.to(noise.device), {"conditional": conditional[rows], "unconditional": unconditional}
+        x_t = noise[there]
         for i in range(num_steps):
-            sigma = torch.full((len(rows),), 1 - i / num_steps, device=noise.device)
-            step = velocity(x_t=x_t, sigma=sigma, conditional=conditional[rows], unconditional=unconditional)
-            x_t = x_t - step / num_steps
-        samples.append(x_t.flatten())
-    samples = torch.cat(samples)
-    return {"teacher_latent_mean": samples.mean().item(), "teacher_latent_std": samples.std(correction=0).item()}
+            x_t = x_t - sample(x_t=x_t, sigma=x_t.new_full((len(rows),), 1 - i / num_steps), **words) / num_steps
+        latents.append(x_t)
+        for sigma, eps in zip(sigmas, noises):
+            velocity = regress(x_t=add_noise(x_t, eps[there], sigma[there]), sigma=sigma[there], **words)
+            errors.append(fake_score_loss(velocity, x_t, eps[there])[1]["fake_score_error"] * len(rows))
+    statistics = {f"teacher_latent_{name}": value.item() for name, value in x0_statistics(torch.cat(latents)).items()}
+    return statistics | {"teacher_error": torch.stack(errors).sum().item() / (len(noise) * len(sigmas))}
+
+
+def drift(record: dict) -> dict[str, float]:
+    """How far the generator's latents and the fake score are from the teacher's, from the record of one update.
+
+    "latent_shift" is the distance of the means in units of the teacher's standard deviation; "latent_spread" and
+    "latent_peak" are ratios of standard deviations and of peaks, 1 for a perfect student; "fake_score_lag" is the fake
+    score's loss on the generator's samples over the teacher's own on its samples: it grows when the generator outruns
+    the fake score.
+    """
+    teacher = {name: record[f"teacher_latent_{name}"] for name in ("mean", "std", "peak")}
+    return {
+        "latent_shift": (record["x0_mean"] - teacher["mean"]) / teacher["std"],
+        "latent_spread": record["x0_std"] / teacher["std"],
+        "latent_peak": record["x0_peak"] / teacher["peak"],
+        "fake_score_lag": record["fake_score_error"] / record["teacher_error"],
+    }
+
+
+def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
+    """One sentence for every monitor of `drift` that has just left its normal range.
+
+    Only the last of the sampler's `num_steps` steps is judged, since the first ones are meant to be fainter.
+    `averages` is kept by the caller from update to update, and in its checkpoints; it is changed in place.
+    """
+    sentences = []
+    for name, (low, high, advice) in NORMAL.items():
+        if record["k"] != num_steps or not math.isfinite(record[name]):
+            continue
+        average = averages.setdefault(name, {"mean": 0.0, "count": 0, "normal": True})
+        average["count"] += 1
+        average["mean"] += (record[name] - average["mean"]) / min(average["count"], AVERAGED_UPDATES)
+        normal = low <= average["mean"] <= high
+        if average["normal"] and not normal and average["count"] >= AVERAGED_UPDATES:
+            found = f"{name} is {average['mean']:.2f}, normally {low:g} to {high:g}"
+            sentences.append(f"{record['images_seen']} images: {found}: {advice}")
+        average["normal"] = normal or average["count"] < AVERAGED_UPDATES
+    return sentences
 
 
 class MetricsFile:
