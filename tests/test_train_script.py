@@ -64,7 +64,7 @@ def test_a_run_that_drifts_says_so(tmp_path):
     """At a hundred times a sane rate, the average of 25 updates leaves its range; each monitor is told once."""
     schedule = {"num_steps": 1, "gradient_accumulation_steps": 1, "max_train_images": 60, "checkpointing_images": 60}
     done = run_command(SCRIPT, *script_arguments(tmp_path / "run", **schedule, learning_rate=0.03))
-    told = re.findall(r"(\d+) images: (\w+) is [\d.]+, normally", done.stderr)
+    told = re.findall(r"(\d+) images: (\w+) of sampler step 1 is [\d.]+, normally", done.stderr)
     assert told and len({name for _, name in told}) == len(told)
     lines = metrics(tmp_path / "run")
     for seen, name in told:
@@ -163,6 +163,7 @@ REFUSED = {
     "a negative size": (lambda: {"height": -32}, "--height is -32: it must be at least 1"),
     "a negative norm": (lambda: {"max_grad_norm": -1}, "--max_grad_norm is -1.0: it must be a number above 0"),
     "a decay of 1.5": (lambda: {"adam_beta2": 1.5}, "--adam_beta2 is 1.5: it must be at least 0 and below 1"),
+    "half a training": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers from 0 to 1"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
     "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),

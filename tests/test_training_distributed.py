@@ -59,6 +59,13 @@ def test_k_is_uniform_and_needs_no_state():
     assert {draw_k(0, step, 1) for step in range(50)} == {1}
 
 
+def test_k_in_turn_takes_its_share_of_the_training():
+    shares = [0.4, 0.3, 0.0, 0.3]
+    drawn = [draw_k(0, step, 4, shares=shares, progress=step / 1000) for step in range(1000)]
+    assert drawn == sorted(drawn) and [drawn.count(k) for k in (1, 2, 3, 4)] == [400, 300, 0, 300]
+    assert {draw_k(0, step, 1, shares=[1.0], progress=step / 10) for step in range(10)} == {1}
+
+
 def test_seeds_do_not_mix_up_their_parts():
     assert stream_seed(1, 23) != stream_seed(12, 3)
     assert stream_seed(1, "2") != stream_seed(1, 2)

@@ -72,13 +72,13 @@ def test_a_monitor_that_leaves_its_range_is_told_once():
         for k in (1, 2):
             values = {
                 "latent_shift": 0.0,
-                "latent_spread": 2.0 if high and k == 2 else 1.0,
-                "fake_score_lag": 9.0 * (k == 1),
+                "latent_spread": 2.0 if high and k == 2 else 1.0 if k == 2 else 0.1,
+                "fake_score_lag": 1.0,
             }
             record = {"k": k, "images_seen": update, "latent_peak": math.nan if update % 7 else 1.0, **values}
             told += [(update, sentence) for sentence in watch(record, averages, num_steps=2)]
     assert [update for update, _ in told] == [42, 108]
-    assert all("latent_spread is 1.4" in sentence and "--learning_rate" in sentence for _, sentence in told)
+    assert all("latent_spread of sampler step 2 is 1.4" in sentence and "--learning_rate" in sentence for _, sentence in told)
     json.dumps(averages)  # it travels in a checkpoint's state.json
 
 

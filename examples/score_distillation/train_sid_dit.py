@@ -108,6 +108,14 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
     add("--num_steps", type=int, default=4, metavar="N", help="sampler steps of the student")
     add("--noise_type", choices=NOISE_TYPES, default="fresh", help="noise of the sampler steps after the first")
+    add(
+        "--step_shares",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="train the sampler steps one after the other, each for its share of the images: --num_steps numbers that "
+        "sum to 1. By default every update draws one of them",
+    )
     add("--alpha", type=float, default=1.0, metavar="X", help="of the generator loss; 1 is Eq. 18")
     add("--weighting", default="1-sigma", metavar="NAME", help=f"of the generator loss: {', '.join(WEIGHTINGS)}")
     add("--loss_scale", type=float, default=100.0, metavar="X", help="factor on the generator loss")
@@ -180,6 +188,9 @@ def check_args(args):
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise UserError(f"--{name} is {value}: it must be {allowed}.")
+    shares = args.step_shares
+    if shares and (len(shares) != args.num_steps or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
     check_output_dir(args.output_dir)
     get_weighting(args.weighting)
     if args.max_sequence_length is not None:
@@ -202,7 +213,7 @@ def run_settings(args, prompts, accelerator):
     processes = accelerator.num_processes
     settings["images_per_update"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     settings["mixed_precision"] = accelerator.mixed_precision
-    if args.lr_scheduler != "constant":
+    if args.lr_scheduler != "constant" or args.step_shares:
         settings["max_train_images"] = args.max_train_images
     return json.loads(json.dumps(settings))
 
@@ -303,7 +314,8 @@ def train(run):
     skipped_in_a_row = 0
     while state["images_seen"] < args.max_train_images:
         start = time.perf_counter()
-        k = draw_k(args.seed, state["step"], args.num_steps)
+        done = state["images_seen"] / args.max_train_images
+        k = draw_k(args.seed, state["step"], args.num_steps, shares=args.step_shares, progress=done)
         factor = learning_rate_factor(
             args.lr_scheduler,
             state["images_seen"],

@@ -6,7 +6,9 @@ Nothing here keeps a random state. Every draw is keyed by (seed, step, purpose, 
 a run on another number of processes and a run with other accumulation draw the same numbers for the same samples.
 """
 
+import bisect
 import hashlib
+import itertools
 import os
 
 import torch
@@ -41,12 +43,17 @@ def sample_noise(shape, *, seed: int, step: int, purpose: str, indices, device="
     return torch.stack(samples).to(device=device, dtype=dtype)
 
 
-def draw_k(seed: int, step: int, num_steps: int) -> int:
-    """The sampler step that carries gradient in this training step: uniform in 1..num_steps, the same everywhere.
+def draw_k(seed: int, step: int, num_steps: int, *, shares=None, progress: float = 0.0) -> int:
+    """The sampler step, in 1..num_steps, that carries gradient in this training step: the same in every process, since
+    processes with different k would run different numbers of forward passes.
 
-    Processes with different k would run different numbers of forward passes.
+    Uniform, as in SiD-DiT (Sec. 3). With `shares`, `num_steps` numbers that sum to 1, it is the first sampler step as
+    long as `progress`, the share of the training that is done, in [0, 1), is below the first number, then the second
+    for the share of the second, and so on.
     """
-    return 1 + stream_seed(seed, step, "k") % num_steps
+    if shares is None:
+        return 1 + stream_seed(seed, step, "k") % num_steps
+    return 1 + bisect.bisect_right(list(itertools.accumulate(shares[:-1])), progress)
 
 
 def is_distributed() -> bool:

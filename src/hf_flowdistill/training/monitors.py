@@ -15,13 +15,13 @@ from hf_flowdistill.training.distributed import mean_over_ranks
 
 
 OUTRUN = "the generator may be outrunning the fake score; try a lower --learning_rate"
-NORMAL = {  # monitor of the last sampler step, averaged: (lowest, highest, what it may mean)
+NORMAL = {  # monitor, averaged: (lowest, highest, what it may mean)
     "latent_shift": (-0.5, 0.5, OUTRUN),
     "latent_spread": (0.5, 1.4, OUTRUN),
     "latent_peak": (0.5, 1.4, OUTRUN),
     "fake_score_lag": (0.0, 1.75, OUTRUN),
 }
-AVERAGED_UPDATES = 25  # of the last sampler step
+AVERAGED_UPDATES = 25  # of one sampler step
 
 
 def average_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -95,21 +95,23 @@ def drift(record: dict) -> dict[str, float]:
 def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
     """One sentence for every monitor of `drift` that has just left its normal range.
 
-    Only the last of the sampler's `num_steps` steps is judged, since the first ones are meant to be fainter.
-    `averages` is kept by the caller from update to update, and in its checkpoints; it is changed in place.
+    Every sampler step is averaged by itself; below the range only the last of `num_steps` is told, since the others
+    are meant to be fainter. `averages` is kept by the caller from update to update, and in its checkpoints; it is
+    changed in place.
     """
     sentences = []
     for name, (low, high, advice) in NORMAL.items():
-        if record["k"] != num_steps or not math.isfinite(record[name]):
+        if not math.isfinite(record[name]):
             continue
-        average = averages.setdefault(name, {"mean": 0.0, "count": 0, "normal": True})
+        average = averages.setdefault(f"{name} of step {record['k']}", {"mean": 0.0, "count": 0, "normal": True})
         average["count"] += 1
         average["mean"] += (record[name] - average["mean"]) / min(average["count"], AVERAGED_UPDATES)
-        normal = low <= average["mean"] <= high
-        if average["normal"] and not normal and average["count"] >= AVERAGED_UPDATES:
-            found = f"{name} is {average['mean']:.2f}, normally {low:g} to {high:g}"
+        normal = average["mean"] <= high and (average["mean"] >= low or record["k"] < num_steps)
+        normal = normal or average["count"] < AVERAGED_UPDATES
+        if average["normal"] and not normal:
+            found = f"{name} of sampler step {record['k']} is {average['mean']:.2f}, normally {low:g} to {high:g}"
             sentences.append(f"{record['images_seen']} images: {found}: {advice}")
-        average["normal"] = normal or average["count"] < AVERAGED_UPDATES
+        average["normal"] = normal
     return sentences
 
 
