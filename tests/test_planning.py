@@ -2,17 +2,20 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What is planned without weights is what there is with them; the published teachers have their published sizes."""
 
+import dataclasses
 import shutil
 from collections import Counter
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from published_teachers import published_teacher
 from training_helpers import PIPELINE_KWARGS, folder, saved_teacher
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks import Networks, load_pipeline
-from hf_flowdistill.planning import count, load_skeleton, measure_shapes, sharding_units, training_memory
+from hf_flowdistill.planning import count, describe_shapes, sharding_units, training_memory
+from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer
@@ -126,6 +129,12 @@ def test_what_cannot_be_planned_is_refused():
     assert "is not a flow-matching pipeline" in refusal(saved_teacher("pixart"))
     assert "has a UNet instead of a flow-matching transformer" in refusal(saved_teacher("stable_diffusion"))
 
+    mixed = folder() / "another-text-encoder"
+    shutil.copytree(sd3, mixed)
+    config = mixed / "text_encoder_3" / "config.json"
+    config.write_text(config.read_text().replace('"d_model": 32', '"d_model": 64'))
+    assert "fails when called with height 32, width 32: " in refusal(mixed)
+
     broken = folder() / "without-a-config"
     shutil.copytree(sd3, broken)
     (broken / "transformer" / "config.json").unlink()
@@ -137,8 +146,34 @@ def test_what_cannot_be_planned_is_refused():
     assert "TomorrowsPipeline, which the installed diffusers does not have" in refusal(broken)
 
 
-def test_networks_that_need_values_are_told_apart_from_mistakes():
+def test_networks_that_need_values():
+    """In a text encoder they end it; in the transformer, what that is given is known all the same."""
+
+    def look(module, args, output):
+        return output[0].sum().item()
+
     skeleton = load_skeleton(saved_teacher("stable_diffusion_3"))
-    skeleton.transformer.context_embedder.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    skeleton.text_encoder_3.encoder.register_forward_hook(look)
     with pytest.raises(NotImplementedError, match="meta"):
         measure_shapes(skeleton, height=32, width=32)
+    whole = measure_shapes(load_skeleton(saved_teacher("stable_diffusion_3")), height=32, width=32)
+    skeleton = load_skeleton(saved_teacher("stable_diffusion_3"))
+    skeleton.transformer.transformer_blocks[0].register_forward_hook(look)
+    assert measure_shapes(skeleton, height=32, width=32) == dataclasses.replace(whole, image_tokens=None)
+
+
+def test_embeddings_that_grow_with_the_prompt(monkeypatch):
+    """A pipeline of the same class that does not pad says so."""
+    encode_prompt = StableDiffusion3Pipeline.encode_prompt
+
+    def encode_unpadded(self, prompt, *args, **kwargs):
+        length = max(map(len, prompt))
+        embeds = encode_prompt(self, prompt, *args, **kwargs)
+        return embeds[0][:, :length], embeds[1][:, :length], *embeds[2:]
+
+    path, size = saved_teacher("stable_diffusion_3"), {"height": 32, "width": 32}
+    assert not measure_shapes(load_skeleton(path), **size).longer_with_prompt
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encode_unpadded)
+    shapes = measure_shapes(load_skeleton(path), **size)
+    assert shapes.longer_with_prompt and shapes.text_tokens == len("a cat")
+    assert describe_shapes(shapes, **size)[1] == "text: 5 tokens, more for longer prompts"
