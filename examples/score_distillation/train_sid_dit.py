@@ -232,6 +232,30 @@ def run_settings(args, prompts, accelerator):
     return json.loads(json.dumps(settings))
 
 
+def plan(args, prompts, accelerator):
+    """What would run, from configurations alone, and that it can as far as these tell."""
+    if not accelerator.is_main_process:
+        return
+    print(
+        describe_plan(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            height=args.height,
+            width=args.width,
+            pipeline_kwargs=args.pipeline_kwargs,
+            weight_dtype=getattr(torch, args.weight_dtype),
+            autocast=accelerator.mixed_precision,
+            prompts=len(set(prompts)),
+            max_train_images=args.max_train_images,
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=args.dry_run or accelerator.num_processes,
+            images_per_second=args.images_per_second,
+        )
+    )
+
+
 def main(input_args=None):
     # ----------------------------------------------------------------------------------- refuse early what cannot work
     args = parse_args(input_args)
@@ -246,12 +270,12 @@ def main(input_args=None):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.logger.setLevel(logging.INFO)
     silence_libraries()
-    check_world_size(accelerator.num_processes)
-    check_accelerator(accelerator)
     if args.weight_dtype != "float32" and accelerator.mixed_precision != "no":
         raise UserError(
             f"--weight_dtype {args.weight_dtype} goes without autocast: launch without --mixed_precision, or with no."
         )
+    check_world_size(accelerator.num_processes)
+    check_accelerator(accelerator)
     prompts = read_prompts(args.prompt_file)
     settings = run_settings(args, prompts, accelerator)
     recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
@@ -319,30 +343,6 @@ def main(input_args=None):
     if accelerator.is_main_process:
         save_student(run)
     accelerator.end_training()
-
-
-def plan(args, prompts, accelerator):
-    """What would run, from configurations alone, and that it can as far as these tell."""
-    if not accelerator.is_main_process:
-        return
-    print(
-        describe_plan(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-            height=args.height,
-            width=args.width,
-            pipeline_kwargs=args.pipeline_kwargs,
-            weight_dtype=getattr(torch, args.weight_dtype),
-            autocast=accelerator.mixed_precision,
-            prompts=len(set(prompts)),
-            max_train_images=args.max_train_images,
-            batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            processes=args.dry_run or accelerator.num_processes,
-            images_per_second=args.images_per_second,
-        )
-    )
 
 
 def train(run):
