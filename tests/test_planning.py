@@ -17,6 +17,7 @@ from hf_flowdistill.networks import Networks, load_pipeline
 from hf_flowdistill.planning import count, describe_shapes, sharding_units, training_memory
 from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
+from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer
 
@@ -71,7 +72,7 @@ def test_shapes_without_weights_are_those_with_them(name):
     contract = learn_contract(pipeline, **settings)
     assert shapes.latent == (contract.latent_argument, contract.latent_input_shape)
     rows, _ = encode_prompts(pipeline, contract, ["red circle"])
-    kept = {key: row[0] for key, row in rows.tensors.items() if key in contract.conditioning_dims}
+    kept = {key: row[0] for key, row in rows.tensors.items() if key != EMBEDDED_GUIDANCE}
     assert shapes.conditioning == {
         key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in kept.items()
     }
