@@ -64,6 +64,7 @@ def test_inspect_asks_for_the_pipelines_own_size(capsys):
         (["inspect", "stable_diffusion"], "has a UNet instead of a flow-matching transformer."),
         (["inspect", "stable_diffusion_3", "--resolution=36"], "have to be divisible by 8 but are 36 and 36"),
         (["inspect", "stable_diffusion_3", "--height=0"], "--height is 0: it must be at least 1."),
+        (["inspect", "stable_diffusion_3", "--device=abacus"], "--device abacus cannot be used: "),
         (["inspect", "stable_diffusion_3", "--speed=1"], "unrecognized arguments: --speed=1"),
         (["expect"], "flowdistill has no command expect: choose one of inspect."),
     ],

@@ -143,7 +143,10 @@ def test_what_cannot_be_planned_is_refused():
     (broken / "transformer" / "config.json").write_text('{"num_layers": "many"}')
     assert "a SD3Transformer2DModel, has no configuration that fits it" in refusal(broken)
     index = broken / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "TomorrowsPipeline"))
+    whole = index.read_text()
+    index.write_text(whole.replace('"transformers"', '"abacus"'))
+    assert "has no configuration that fits it: module diffusers.pipelines has no attribute abacus" in refusal(broken)
+    index.write_text(whole.replace("StableDiffusion3Pipeline", "TomorrowsPipeline"))
     assert "TomorrowsPipeline, which the installed diffusers does not have" in refusal(broken)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.planning import describe_conditioning, describe_networks
 from hf_flowdistill.teachers import encode_prompts, learn_contract
@@ -33,6 +33,11 @@ def inspect_teacher(input_args):
     for name in ("resolution", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
+
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise UserError(f"--device {args.device} cannot be used: {first_line(error)}") from error
 
     silence_libraries()
     origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}

@@ -3,7 +3,6 @@
 """A pipeline without weights: its own configurations, tokenizers and code, every network on the meta device."""
 
 import functools
-import importlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +75,9 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
 
 def _component(path, name: str, library: str, class_name: str, where: dict):
     try:
-        # what is neither library's own lives beside the pipeline class that uses it
-        places = {"diffusers": diffusers, "transformers": transformers}
-        place = places.get(library) or getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
-        cls = getattr(place, class_name)
+        # what is neither library's own lives beside the pipeline that uses it; nothing else is imported
+        place = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        cls = getattr(place or getattr(diffusers.pipelines, library), class_name)
         if issubclass(cls, diffusers.ModelMixin):
             config = cls.load_config(path, subfolder=name, **where)
             with torch.device("meta"):
@@ -89,7 +87,7 @@ def _component(path, name: str, library: str, class_name: str, where: dict):
             with torch.device("meta"):
                 return cls._from_config(config, dtype=torch.float32).eval()
         return cls.from_pretrained(path, subfolder=name, **where)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the component {name} of {path}, a {class_name}, has no configuration that fits it: {first_line(error)}"
         ) from error
