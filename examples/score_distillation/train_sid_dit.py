@@ -31,6 +31,7 @@ from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
 from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
+from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import Conditioning, decode, encode_prompts, learn_contract
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
@@ -63,10 +64,10 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
         "at least 1",
         lambda value: value >= 1,
     ),
-    ("lr_warmup_images ema_half_life_images checkpointing_images", "at least 0", lambda value: value >= 0),
+    ("lr_warmup_images ema_half_life_images checkpointing_images dry_run", "at least 0", lambda value: value >= 0),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std",
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),
@@ -80,7 +81,7 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
 FREE_ON_RESUME = """config output_dir cache_dir prompt_file resume_from_checkpoint max_train_images train_batch_size
 gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
-hub_private_repo resolution""".split()
+hub_private_repo resolution dry_run images_per_second""".split()
 
 
 def parse_args(input_args=None):
@@ -148,6 +149,12 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
+    add(
+        "--weight_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of networks, gradients and Adam; bfloat16 is the paper's BF16, which goes without autocast",
+    )
     add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
 
     add = parser.add_argument_group("output").add_argument
@@ -167,6 +174,22 @@ def parse_args(input_args=None):
         "--hub_token", metavar="TOKEN", help="token to upload with; `hf auth login` or HF_TOKEN keep it off the screen"
     )
     add("--hub_private_repo", action="store_true", help="create the repository as private")
+
+    add = parser.add_argument_group("plan").add_argument
+    add(
+        "--dry_run",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="PROCESSES",
+        help="read configurations only, print what would run and stop; on as many processes as launched, or as given",
+    )
+    add(
+        "--images_per_second",
+        type=float,
+        metavar="X",
+        help="of all processes together, to tell the time of a --dry_run",
+    )
 
     args = parser.parse_args(input_args)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
@@ -193,6 +216,8 @@ def check_args(args):
         raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
     check_output_dir(args.output_dir)
     get_weighting(args.weighting)
+    if args.images_per_second is not None and args.dry_run is None:
+        raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
     if args.report_to not in ("none", "tensorboard") and args.hub_token:
@@ -218,6 +243,30 @@ def run_settings(args, prompts, accelerator):
     return json.loads(json.dumps(settings))
 
 
+def plan(args, prompts, accelerator):
+    """What would run, from configurations alone, and that it can as far as these tell."""
+    if not accelerator.is_main_process:
+        return
+    print(
+        describe_plan(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+            height=args.height,
+            width=args.width,
+            pipeline_kwargs=args.pipeline_kwargs,
+            weight_dtype=getattr(torch, args.weight_dtype),
+            autocast=accelerator.mixed_precision,
+            prompts=len(set(prompts)),
+            max_train_images=args.max_train_images,
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=args.dry_run or accelerator.num_processes,
+            images_per_second=args.images_per_second,
+        )
+    )
+
+
 def main(input_args=None):
     # ----------------------------------------------------------------------------------- refuse early what cannot work
     args = parse_args(input_args)
@@ -232,6 +281,10 @@ def main(input_args=None):
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.logger.setLevel(logging.INFO)
     silence_libraries()
+    if args.weight_dtype != "float32" and accelerator.mixed_precision != "no":
+        raise UserError(
+            f"--weight_dtype {args.weight_dtype} goes without autocast: launch without --mixed_precision, or with no."
+        )
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
     prompts = read_prompts(args.prompt_file)
@@ -240,6 +293,8 @@ def main(input_args=None):
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
     check_export_dir(Path(args.output_dir, "student"))
+    if args.dry_run is not None:
+        return plan(args, prompts, accelerator)
     accelerator.wait_for_everyone()  # everyone has looked at the output folder before anyone writes there
     if accelerator.is_main_process:
         checkpointing.remove_unfinished(args.output_dir)
@@ -273,7 +328,7 @@ def main(input_args=None):
     move_all_but_transformer(run.pipeline, "cpu")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
-    run.networks = Networks.from_teacher(run.pipeline.transformer)
+    run.networks = Networks.from_teacher(run.pipeline.transformer, getattr(torch, args.weight_dtype))
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
     run.ema = EMA(run.networks.generator, args.ema_half_life_images)

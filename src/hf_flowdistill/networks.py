@@ -15,14 +15,11 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.watch import check_flow_matching
 
 
-def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32) -> DiffusionPipeline:
-    """Load a diffusers flow-matching pipeline from a folder or from the Hub.
-
-    Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
-    the index lists as absent (SD3 without T5, say) are absent.
+def read_index(path, *, revision=None, cache_dir=None) -> dict:
+    """The pipeline's model_index.json: component -> [library, class].
 
     Raises:
-        UserError: there is nothing at `path`, it is no diffusers pipeline, or not a flow-matching transformer.
+        UserError: there is nothing at `path`, it is no diffusers pipeline, or one without a transformer.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
@@ -42,6 +39,20 @@ def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=to
         raise UserError(
             f"{path} cannot be a teacher: {index.get('_class_name')} has {has} instead of a flow-matching transformer."
         )
+    return index
+
+
+def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32) -> DiffusionPipeline:
+    """Load a diffusers flow-matching pipeline from a folder or from the Hub.
+
+    Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
+    the index lists as absent (SD3 without T5, say) are absent.
+
+    Raises:
+        UserError: there is nothing at `path`, it is no diffusers pipeline, or not a flow-matching transformer.
+    """
+    path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
+    index = read_index(path, **where)
     absent = {name: None for name, component in index.items() if component == [None, None]}
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, dtype=dtype, **where, **absent)
@@ -83,13 +94,13 @@ class Networks:
     fake_score: torch.nn.Module
 
     @classmethod
-    def from_teacher(cls, teacher: torch.nn.Module) -> "Networks":
-        """Generator and fake score as float32 copies of `teacher`, which is itself frozen and made float32.
+    def from_teacher(cls, teacher: torch.nn.Module, dtype: torch.dtype = torch.float32) -> "Networks":
+        """Generator and fake score as copies of `teacher` in `dtype`, which is itself frozen and made `dtype`.
 
         All three have one precision, because training follows small differences between their predictions. Autocast
         still serves all three.
         """
-        teacher.eval().float().requires_grad_(False)
+        teacher.eval().to(dtype).requires_grad_(False)
         return cls(teacher, *(copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)))
 
     def trained(self) -> dict[str, torch.nn.Module]:

@@ -45,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
             raise UserError(f"the config file {path} cannot be read: {' '.join(str(error).split())}.") from None
         if not isinstance(values, dict):
             raise UserError(f"the config file {path} must hold one 'name: value' per line.")
-        flags = {action.dest: action.option_strings[0] for action in self._actions}
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
         unknown = ", ".join(str(name) for name in values if name not in flags)
         if unknown:
             raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")

@@ -1,0 +1,183 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What is planned without weights is what there is with them; the published teachers have their published sizes."""
+
+import dataclasses
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from published_teachers import published_teacher
+from training_helpers import PIPELINE_KWARGS, folder, saved_teacher
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks import Networks, load_pipeline
+from hf_flowdistill.planning import count, describe_shapes, sharding_units, training_memory
+from hf_flowdistill.skeleton import load_skeleton, measure_shapes
+from hf_flowdistill.teachers import encode_prompts, learn_contract
+from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
+from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.optimizers import build_optimizer
+
+
+# What Stability AI, Black Forest Labs and NVIDIA say, and the blocks of each. Of SD3.5-Medium they say 2.5B; its
+# published file holds 2,469,663,936 values, the table of positions, which is not trained, among them.
+PUBLISHED = {
+    "sd3.5-large": (8.1e9, {"JointTransformerBlock": 38}),
+    "flux.1-dev": (12e9, {"FluxTransformerBlock": 19, "FluxSingleTransformerBlock": 38}),
+    "sana-1.6b-512": (1.6e9, {"SanaTransformerBlock": 20}),
+    "sd3.5-medium": (2_469_663_936, {"JointTransformerBlock": 24}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_teachers_have_their_published_size(name):
+    published, blocks = PUBLISHED[name]
+    transformer = load_skeleton(published_teacher(name)).transformer
+    assert {parameter.device.type for parameter in transformer.parameters()} == {"meta"}
+    assert abs(sum(count(transformer)) / published - 1) < 0.01
+    units = sharding_units(transformer)
+    assert Counter(type(unit).__name__ for unit in units) == blocks
+    assert sum(count(unit)[0] for unit in units) > 0.97 * count(transformer)[0]
+
+
+def test_the_file_of_sd3_5_medium():
+    assert sum(count(load_skeleton(published_teacher("sd3.5-medium")).transformer)) == 2_469_663_936
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "image", "text", "latent"),
+    [
+        ("sd3.5-large", 1024, 4096, 77 + 256, (16, 128, 128)),
+        ("flux.1-dev", 512, 1024, 512, (1024, 64)),
+        ("sana-1.6b-512", 512, 256, 300, (32, 16, 16)),
+    ],
+)
+def test_tokens_of_published_teachers(name, size, image, text, latent):
+    shapes = measure_shapes(load_skeleton(published_teacher(name)), height=size, width=size)
+    assert shapes.latent == ("hidden_states", latent)
+    assert (shapes.image_tokens, shapes.text_tokens) == (image, text)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "sana", "flux"])
+def test_shapes_without_weights_are_those_with_them(name):
+    """Against the contract, which runs the real networks; the folder that is planned has no weights at all."""
+    path = folder() / f"{name}-without-weights"
+    shutil.copytree(saved_teacher(name), path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    settings = {"height": 64, "width": 32, "pipeline_kwargs": PIPELINE_KWARGS.get(name)}
+    shapes = measure_shapes(load_skeleton(path), **settings)
+    pipeline = load_pipeline(saved_teacher(name))
+    contract = learn_contract(pipeline, **settings)
+    assert shapes.latent == (contract.latent_argument, contract.latent_input_shape)
+    rows, _ = encode_prompts(pipeline, contract, ["red circle"])
+    kept = {key: row[0] for key, row in rows.tensors.items() if key != EMBEDDED_GUIDANCE}
+    assert shapes.conditioning == {
+        key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in kept.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_a_run_keeps(dtype):
+    """Every tensor of networks, optimizers and average after an update of both networks, counted."""
+    networks = Networks.from_teacher(load_pipeline(saved_teacher("stable_diffusion_3")).transformer, dtype)
+    planned = {what: size for what, _, size in training_memory(networks.teacher, dtype)}
+    average = EMA(networks.generator)
+
+    def size_of(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    kept = {"average of the generator": size_of(average.model.state_dict().values())}
+    for name in ("teacher", "generator", "fake_score"):
+        kept[name.replace("_", " ")] = size_of(getattr(networks, name).state_dict().values())
+    for name, network in networks.trained().items():
+        optimizer = build_optimizer(network)
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        kept["gradients of one network"] = size_of(parameter.grad for parameter in network.parameters())
+        optimizer.step()
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        kept[f"Adam's moments of the {name.replace('_', ' ')}"] = size_of(moments)
+    assert kept == planned
+
+
+def test_blocks_where_diffusers_names_none():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+
+    network = torch.nn.ModuleDict({"body": torch.nn.ModuleList([Block(), Block()]), "head": torch.nn.Linear(2, 2)})
+    assert sharding_units(network) == list(network["body"])
+    network._no_split_modules = ["Linear"]
+    assert sharding_units(network) == [block.inner[0] for block in network["body"]]
+
+
+def refusal(path, size=(32, 32), **pipeline_kwargs):
+    with pytest.raises(UserError) as error:
+        measure_shapes(load_skeleton(path), height=size[0], width=size[1], pipeline_kwargs=pipeline_kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_cannot_be_planned_is_refused():
+    sd3, flux = saved_teacher("stable_diffusion_3"), saved_teacher("flux")
+    assert "pipeline_kwargs has 'colour', which is no argument" in refusal(sd3, colour=1)
+    assert "have to be divisible by 8 but are 36 and 32" in refusal(sd3, (36, 32))
+    assert "makes height 32, width 32 when asked for height 32, width 36" in refusal(flux, (32, 36))
+    assert "height 512, width 512" in refusal(sd3, (512, 512))
+    assert "is not a flow-matching pipeline" in refusal(saved_teacher("pixart"))
+    assert "has a UNet instead of a flow-matching transformer" in refusal(saved_teacher("stable_diffusion"))
+
+    mixed = folder() / "another-text-encoder"
+    shutil.copytree(sd3, mixed)
+    config = mixed / "text_encoder_3" / "config.json"
+    config.write_text(config.read_text().replace('"d_model": 32', '"d_model": 64'))
+    assert "fails when called with height 32, width 32: " in refusal(mixed)
+
+    broken = folder() / "without-a-config"
+    shutil.copytree(sd3, broken)
+    (broken / "transformer" / "config.json").unlink()
+    assert "the component transformer of" in refusal(broken)
+    (broken / "transformer" / "config.json").write_text('{"num_layers": "many"}')
+    assert "a SD3Transformer2DModel, has no configuration that fits it" in refusal(broken)
+    index = broken / "model_index.json"
+    whole = index.read_text()
+    index.write_text(whole.replace('"transformers"', '"abacus"'))
+    assert "has no configuration that fits it: module diffusers.pipelines has no attribute abacus" in refusal(broken)
+    index.write_text(whole.replace("StableDiffusion3Pipeline", "TomorrowsPipeline"))
+    assert "TomorrowsPipeline, which the installed diffusers does not have" in refusal(broken)
+
+
+def test_networks_that_need_values():
+    """In a text encoder they end it; in the transformer, what that is given is known all the same."""
+
+    def look(module, args, output):
+        return output[0].sum().item()
+
+    skeleton = load_skeleton(saved_teacher("stable_diffusion_3"))
+    skeleton.text_encoder_3.encoder.register_forward_hook(look)
+    with pytest.raises(NotImplementedError, match="meta"):
+        measure_shapes(skeleton, height=32, width=32)
+    whole = measure_shapes(load_skeleton(saved_teacher("stable_diffusion_3")), height=32, width=32)
+    skeleton = load_skeleton(saved_teacher("stable_diffusion_3"))
+    skeleton.transformer.transformer_blocks[0].register_forward_hook(look)
+    assert measure_shapes(skeleton, height=32, width=32) == dataclasses.replace(whole, image_tokens=None)
+
+
+def test_embeddings_that_grow_with_the_prompt(monkeypatch):
+    """A pipeline of the same class that does not pad says so."""
+    encode_prompt = StableDiffusion3Pipeline.encode_prompt
+
+    def encode_unpadded(self, prompt, *args, **kwargs):
+        length = max(map(len, prompt))
+        embeds = encode_prompt(self, prompt, *args, **kwargs)
+        return embeds[0][:, :length], embeds[1][:, :length], *embeds[2:]
+
+    path, size = saved_teacher("stable_diffusion_3"), {"height": 32, "width": 32}
+    assert not measure_shapes(load_skeleton(path), **size).longer_with_prompt
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encode_unpadded)
+    shapes = measure_shapes(load_skeleton(path), **size)
+    assert shapes.longer_with_prompt and shapes.text_tokens == len("a cat")
+    assert describe_shapes(shapes, **size)[1] == "text: 5 tokens, more for longer prompts"
