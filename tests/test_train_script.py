@@ -41,7 +41,7 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
     run_here(*arguments, "--checkpoints_total_limit=1", "--gradient_checkpointing")
 
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"checkpoint-8", "logs", "metrics.jsonl", "run.json", "student", "validation"}
+    assert written == {"checkpoint-8", "conditioning", "logs", "metrics.jsonl", "run.json", "student", "validation"}
     assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
     lines = metrics(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [4, 8]

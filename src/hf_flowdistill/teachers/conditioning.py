@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
@@ -44,6 +45,11 @@ class Conditioning:
             {k: v[index if isinstance(index, slice) else index.to(v.device)] for k, v in self.tensors.items()}
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows together."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def expand(self, n: int) -> "Conditioning":
         """The single row, n times (a view). n rows are returned as they are.
 
@@ -76,18 +82,40 @@ class Conditioning:
     def cat(parts: Iterable["Conditioning"]) -> "Conditioning":
         """All rows of `parts`, in order.
 
+        Where texts differ in length, the shorter rows are filled up with zeros at their end, and so is their mask: an
+        argument [n, length] of zeros and ones, as long as the text in every part. Without one nothing is filled up,
+        because the transformer would take the zeros for text.
+
         Raises:
-            ValueError: the parts have different arguments, or rows of different shapes.
+            ValueError: the parts have different arguments, or rows of different shapes and no mask for them.
         """
         parts = list(parts)
         for part in parts:
-            for name, tensor in part.tensors.items():
-                if part.tensors.keys() != parts[0].tensors.keys():
-                    raise ValueError(f"cannot join {sorted(parts[0].tensors)} with {sorted(part.tensors)}")
-                if tensor.shape[1:] != parts[0].tensors[name].shape[1:]:
-                    shapes = tuple(parts[0].tensors[name].shape[1:]), tuple(tensor.shape[1:])
-                    raise ValueError(f"cannot join rows of '{name}' of shapes {shapes[0]} and {shapes[1]}")
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+            if part.tensors.keys() != parts[0].tensors.keys():
+                raise ValueError(f"cannot join {sorted(parts[0].tensors)} with {sorted(part.tensors)}")
+        columns = {name: [part.tensors[name] for part in parts] for name in parts[0].tensors}
+        uneven = {name: column for name, column in columns.items() if len({t.shape[1:] for t in column}) > 1}
+        mask_lengths = [[len(t[0]) for t in column] for column in uneven.values() if all(map(_is_mask, column))]
+        for name, column in uneven.items():
+            columns[name] = _padded(name, column, mask_lengths)
+        return Conditioning({name: torch.cat(column) for name, column in columns.items()})
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """[n, length], zeros and ones, no row without a one."""
+    return tensor.ndim == 2 and bool(((tensor == 0) | (tensor == 1)).all() and tensor.any(1).all())
+
+
+def _padded(name: str, column: list[Tensor], mask_lengths: list[list[int]]) -> list[Tensor]:
+    """The tensors of one argument, made as long as the longest of them; its lengths must be those of a mask."""
+    if len({tensor.ndim for tensor in column}) == 1:
+        uneven = [dim for dim in range(1, column[0].ndim) if len({tensor.shape[dim] for tensor in column}) > 1]
+        lengths = [tensor.shape[uneven[0]] for tensor in column]
+        if len(uneven) == 1 and lengths in mask_lengths:
+            after = (0, 0) * (column[0].ndim - 1 - uneven[0])
+            return [F.pad(tensor, (*after, 0, max(lengths) - n)) for tensor, n in zip(column, lengths)]
+    shapes = sorted({tuple(tensor.shape[1:]) for tensor in column})
+    raise ValueError(f"cannot join rows of '{name}' of shapes {shapes[0]} and {shapes[1]}: no mask has their lengths")
 
 
 def encode_prompts(
@@ -106,22 +134,33 @@ def encode_prompts(
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("encode_prompts takes a list with at least one prompt, each a string.")
     chunks = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    conditional = Conditioning.cat([encode_batch(pipeline, contract, chunk) for chunk in chunks])
+    return conditional, encode_unconditional(pipeline, contract, prompts[0], negative_prompt)
+
+
+def encode_batch(pipeline, contract, prompts: Sequence[str]) -> Conditioning:
+    """The conditional rows of `encode_prompts`, [len(prompts)], for as many prompts as the encoders take at once."""
     with undisturbed(pipeline):
-        conditional = [contract.conditioning_from(_capture(pipeline, contract, chunk)[0]) for chunk in chunks]
-        if contract.guidance.kind == "none":
-            unconditional = contract.conditioning_from(_capture(pipeline, contract, [negative_prompt])[0])
-        else:
-            calls = _capture(pipeline, contract, prompts[:1], negative_prompt)
-            _, unconditional = contract.halves(calls)
-            unconditional = _same_embedded_guidance(unconditional, conditional[0])
-    return Conditioning.cat(part.to("cpu") for part in conditional), Conditioning.cat([unconditional.to("cpu")])
+        return contract.conditioning_from(_capture(pipeline, contract, prompts)[0]).to("cpu")
 
 
-def _same_embedded_guidance(unconditional: Conditioning, conditional: Conditioning) -> Conditioning:
-    """Where one number is both the scale of classifier-free guidance and embedded, the value for "off" is meant."""
-    if EMBEDDED_GUIDANCE not in conditional.tensors:
+def encode_unconditional(pipeline, contract, prompt: str, negative_prompt: str = "") -> Conditioning:
+    """The unconditional row of `encode_prompts`; `prompt` is what the guided call is made with."""
+    if contract.guidance.kind == "none":
+        return encode_batch(pipeline, contract, [negative_prompt])
+    with undisturbed(pipeline):
+        _, unconditional = contract.halves(_capture(pipeline, contract, [prompt], negative_prompt))
+    unconditional = Conditioning.cat([unconditional.to("cpu")])  # a copy: half of a doubled batch keeps all of it
+    if EMBEDDED_GUIDANCE not in unconditional.tensors:
         return unconditional
-    return unconditional.with_embedded_guidance(conditional.tensors[EMBEDDED_GUIDANCE][0].item())
+    # Where one number is both the scale of classifier-free guidance and embedded, the value for "off" is meant.
+    value = encode_batch(pipeline, contract, [prompt]).tensors[EMBEDDED_GUIDANCE][0].item()
+    return unconditional.with_embedded_guidance(value)
+
+
+def bytes_per_prompt(pipeline, contract, prompt: str = "a photograph of a cat") -> int:
+    """How many bytes the conditioning of `prompt` takes: the same for every prompt of a fixed text length."""
+    return encode_batch(pipeline, contract, [prompt]).nbytes
 
 
 def _capture(pipeline, contract, prompts, negative_prompt=None):
