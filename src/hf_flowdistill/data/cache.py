@@ -111,19 +111,21 @@ def cached_conditioning(
         if rank == 0:
             _claim(folder, key)
         wait()
-        shards, found = _find(folder, _digest(key), wanted)
-        for number in sorted({place[0] for place in found.values()})[rank::world_size]:
-            _verify(shards[number])
+        found, holding = _find(folder, _digest(key), wanted)
+        for path in holding[rank::world_size]:
+            if path.name != f"shard-{_file_digest(path)}.safetensors":
+                raise _corrupt(path, "its bytes do not have the checksum in its name")
         wait()  # everyone has looked before anyone writes
         _encode_share(folder, _digest(key), wanted, found, encode, rank, world_size)
         wait()
-        shards, found = _find(folder, _digest(key), wanted)
+        found, holding = _find(folder, _digest(key), wanted)
     if len(found) < len(wanted):
         raise UserError(
             f"the conditioning cache {folder} does not show this process what others wrote there: put it on a disk "
             "that all machines share."
         )
-    return CachedConditioning(shards, torch.tensor([found[name] for name in names]))
+    number = {path: i for i, path in enumerate(holding)}
+    return CachedConditioning(holding, torch.tensor([(number[found[name][0]], found[name][1]) for name in names]))
 
 
 def _encode_share(folder, key, wanted, found, encode, rank, world_size) -> None:
@@ -166,10 +168,10 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
         path.unlink()
 
 
-def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[list[Path], dict[str, tuple[int, int]]]:
-    """All shards, and where in them (which, row) the `wanted` texts are that are there already."""
-    shards, found = sorted(folder.glob("shard-*.safetensors")), {}
-    for number, path in enumerate(shards):
+def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tuple[Path, int]], list[Path]]:
+    """Where (shard, row) those `wanted` texts are that are there already, and the shards that hold any."""
+    found, holding = {}, []
+    for path in sorted(folder.glob("shard-*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
                 about = json.loads((shard.metadata() or {}).get("conditioning", "{}"))
@@ -180,10 +182,11 @@ def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[list[Path], d
                 f"the shard {path} is foreign, it was not written by this encoder: take it away, or give another "
                 "--conditioning_cache_dir."
             )
-        for row, name in enumerate(about["texts"]):
-            if name in wanted:
-                found.setdefault(name, (number, row))
-    return shards, found
+        rows = {name: (path, row) for row, name in enumerate(about["texts"]) if name in wanted}
+        if rows:
+            holding.append(path)
+            found.update(rows)
+    return found, holding
 
 
 def _write(folder: Path, key: str, names: list[str], rows: list[Conditioning], *, unfinished: str) -> None:
@@ -194,11 +197,6 @@ def _write(folder: Path, key: str, names: list[str], rows: list[Conditioning], *
     flush(path)
     os.replace(path, folder / f"shard-{_file_digest(path)}.safetensors")
     flush(folder)
-
-
-def _verify(path: Path) -> None:
-    if path.name != f"shard-{_file_digest(path)}.safetensors":
-        raise _corrupt(path, "its bytes do not have the checksum in its name")
 
 
 def _read_row(path: Path, row: int) -> Conditioning:
