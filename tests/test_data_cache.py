@@ -159,6 +159,16 @@ def test_a_corrupt_shard_is_refused_by_name_and_deleting_it_mends(case, tmp_path
     assert contents(tmp_path) == whole
 
 
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    cached_conditioning(tmp_path, KEY, TEXTS[:20], Encoder())
+    (shard,) = shards_in(tmp_path)
+    whole = shard.read_bytes()
+    for place in [*range(0, 1200, 13), *range(1200, len(whole), 501)]:
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"the shard {shard} is (corrupt|foreign)"):
+            cached_conditioning(tmp_path, KEY, TEXTS[:20], Encoder())
+
+
 def test_a_foreign_shard_is_refused_by_name(tmp_path):
     cached_conditioning(tmp_path / "own", KEY, TEXTS[:3], Encoder())
     cached_conditioning(tmp_path / "other", {**KEY, "encoder": "b"}, TEXTS[:3], Encoder())
@@ -182,6 +192,23 @@ def test_a_cache_of_another_encoder_is_refused(tmp_path):
         (tmp_path / "index.json").write_text(text)
         with pytest.raises(UserError, match="index.json is not the index of a conditioning cache"):
             cached_conditioning(tmp_path, KEY, TEXTS[:3], Encoder())
+
+
+def test_a_second_run_waits_for_the_first(tmp_path, caplog):
+    encoding, second = threading.Event(), Encoder()
+
+    def slow(texts):
+        encoding.set()
+        while "waiting for it" not in caplog.text:
+            threading.Event().wait(0.01)
+        return Encoder()(texts)
+
+    thread = threading.Thread(target=cached_conditioning, args=[tmp_path, KEY, TEXTS[:3], slow])
+    thread.start()
+    assert encoding.wait(30)
+    cached_conditioning(tmp_path, KEY, TEXTS[:5], second)
+    thread.join()
+    assert second.texts == TEXTS[3:5]
 
 
 def test_a_disk_that_is_not_shared(tmp_path, monkeypatch):

@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -28,6 +29,8 @@ from hf_flowdistill.networks import weights_digest
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.training.checkpointing import flush
 
+
+logger = logging.getLogger(__name__)
 
 PROMPTS_PER_BATCH = 16
 PROMPTS_PER_SHARD = 64  # what a crash can cost each process; a multiple of the batch
@@ -107,7 +110,7 @@ def cached_conditioning(
     folder, names = Path(folder), [_text_digest(role, text) for text in texts]
     wanted = dict(zip(names, texts))
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock") if rank == 0 else contextlib.nullcontext():  # one run at a time adds to it
+    with _one_run_at_a_time(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             _claim(folder, key)
         wait()
@@ -146,6 +149,20 @@ def _encode_share(folder, key, wanted, found, encode, rank, world_size) -> None:
             _write(folder, key, block, rows, unfinished=f"unfinished-{rank}.tmp")
 
 
+@contextlib.contextmanager
+def _one_run_at_a_time(folder: Path):
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning(f"another run is adding to the conditioning cache {folder}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _claim(folder: Path, key: dict[str, Any]) -> None:
     """Make `folder` the cache of `key`, or see that it is; clear what a crash left unfinished."""
     index = folder / INDEX_FILE
@@ -175,14 +192,17 @@ def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tup
         try:
             with safe_open(path, "pt") as shard:
                 about = json.loads((shard.metadata() or {}).get("conditioning", "{}"))
-        except (OSError, ValueError, SafetensorError) as error:
+                written_for, texts = about.get("key"), about.get("texts")
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
             raise _corrupt(path, first_line(error)) from None
-        if about.get("key") != key:
+        if written_for != key:
             raise UserError(
                 f"the shard {path} is foreign, it was not written by this encoder: take it away, or give another "
                 "--conditioning_cache_dir."
             )
-        rows = {name: (path, row) for row, name in enumerate(about["texts"]) if name in wanted}
+        if not isinstance(texts, list):
+            raise _corrupt(path, "it does not say which prompts it holds")
+        rows = {name: (path, row) for row, name in enumerate(texts) if name in wanted}
         if rows:
             holding.append(path)
             found.update(rows)
