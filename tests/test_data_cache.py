@@ -4,6 +4,7 @@
 
 import copy
 import json
+import runpy
 import shutil
 import threading
 
@@ -12,7 +13,7 @@ import tiny_pipelines
 import torch
 from safetensors.torch import save_file
 from tiny_pipelines import HEIGHT, WIDTH
-from training_helpers import run_command
+from training_helpers import ROOT, run_command
 
 from hf_flowdistill.data import cache as cache_module
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
@@ -215,6 +216,13 @@ def test_a_disk_that_is_not_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_write", lambda *args, **kwargs: None)
     with pytest.raises(UserError, match="put it on a disk that all machines share"):
         cached_conditioning(tmp_path, KEY, TEXTS[:3], Encoder())
+
+
+def test_the_benchmark_measures(tmp_path):
+    measure = runpy.run_path(str(ROOT / "benchmarks" / "conditioning.py"))["measure"]
+    name, size, on_disk, *rates = measure(tiny_pipelines.flux(), HEIGHT, SD3, 20)
+    assert name == "FluxPipeline" and size == 4 * (16 * 32 + 16 + 1) and size < on_disk < 2 * size
+    assert len(rates) == 3 and min(rates) > 0
 
 
 def change_weight(pipeline, name):

@@ -48,7 +48,9 @@ def write_csv(path, rows=ROWS):
 def test_files_with_columns(write, tmp_path):
     path = write(tmp_path / f"prompts.{write.__name__.removeprefix('write_')}")
     assert read_prompts(path, "caption") == CAPTIONS
-    with pytest.raises(UserError, match="has no column text in row 1: choose --caption_column among id, caption"):
+    with pytest.raises(
+        UserError, match="row 1 of the prompt file .* has no column text: choose --caption_column among id"
+    ):
         read_prompts(path)
     write(path, [{"id": 1, "caption": " "}])
     with pytest.raises(UserError, match="holds no prompt"):
@@ -81,16 +83,18 @@ def no_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_dataset_in_a_folder(kind, tmp_path, no_network):
-    from datasets import Dataset
+    """The images of the parquet file are none: they are not to be decoded."""
+    from datasets import Dataset, Image
 
     folder = tmp_path / "data"
     folder.mkdir()
     if kind == "parquet":
-        Dataset.from_list(ROWS).to_parquet(folder / "train-0.parquet")
+        rows = [{**row, "image": {"bytes": b"no image", "path": None}} for row in ROWS]
+        Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "train-0.parquet")
     else:
         globals()[f"write_{kind}"](folder / f"train.{kind}")
     assert read_dataset(str(folder), caption_column="caption") == CAPTIONS
-    with pytest.raises(UserError, match="has no column text in row 1: choose --caption_column among id, caption"):
+    with pytest.raises(UserError, match="has no column text: choose --caption_column among id, caption"):
         read_dataset(str(folder))
 
 

@@ -226,7 +226,7 @@ REFUSED = {
     "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),
     "a table without captions": (
         lambda: {"prompt_file": write("table.jsonl", '{"url": "x"}\n')},
-        "table.jsonl has no column text in row 1: choose --caption_column among url",
+        "row 1 of the prompt file .*table.jsonl has no column text: choose --caption_column among url",
     ),
     "no such dataset": (
         lambda: {"prompt_file": None, "dataset_name": "./nowhere"},

@@ -64,7 +64,8 @@ def read_dataset(name: str, config: str | None = None, caption_column: str = CAP
     what = f"the dataset {name}"
     try:
         rows = load_dataset(name, config, split="train", streaming=True)
-        if rows.column_names and caption_column in rows.column_names:
+        if rows.column_names:  # not known of every format before the first row
+            _check_column(what, rows.column_names, caption_column)
             rows = rows.select_columns([caption_column])
         prompts = _captions(what, rows, caption_column)
     except UserError:
@@ -92,13 +93,18 @@ def _jsonl_rows(lines: Iterable[str]) -> Iterator[dict]:
             yield row
 
 
+def _check_column(what: str, columns: Iterable[str], column: str) -> None:
+    if column not in columns:
+        raise UserError(
+            f"{what} has no column {column}: choose --caption_column among {', '.join(map(str, columns))}."
+        )
+
+
 def _captions(what: str, rows: Iterable[dict], column: str) -> list[str]:
     """The captions that are not blank, without the white space around them."""
     captions = []
     for number, row in enumerate(rows, start=1):
-        if column not in row:
-            names = ", ".join(str(name) for name in row)
-            raise UserError(f"{what} has no column {column} in row {number}: choose --caption_column among {names}.")
+        _check_column(f"row {number} of {what}", row, column)
         caption = row[column]
         if caption is not None and not isinstance(caption, str):
             kind = type(caption).__name__
