@@ -65,6 +65,13 @@ def test_files_that_cannot_be_read(tmp_path):
         path.write_text(broken)
         with pytest.raises(UserError, match="cannot be read: line 2 is not a JSON object"):
             read_prompts(path)
+    path.write_text('{"text": "\\ud83d"}')
+    with pytest.raises(UserError, match="cannot be read: .*surrogates not allowed"):
+        read_prompts(path)
+    path = tmp_path / "prompts.txt"
+    path.write_text("a")
+    with pytest.raises(UserError, match="has no columns, it is read line by line: leave out --caption_column"):
+        read_prompts(path, "caption")
     path = tmp_path / "prompts.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is none of .txt, .jsonl and .csv: give one, or use --dataset_name"):

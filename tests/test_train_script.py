@@ -237,6 +237,7 @@ REFUSED = {
         "missing or given twice: use either --prompt_file or --dataset_name",
     ),
     "prompts twice": (lambda: {"dataset_name": "x"}, "missing or given twice: use either"),
+    "a configuration of nothing": (lambda: {"dataset_config_name": "x"}, "give --dataset_name too, or leave it out"),
     "a cache that cannot be": (
         lambda: {"conditioning_cache_dir": prompt_file()},
         "--conditioning_cache_dir .*prompts.txt cannot be a folder, since .* is a file",

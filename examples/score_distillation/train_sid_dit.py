@@ -182,6 +182,8 @@ def check_args(args):
         raise UserError("--pretrained_model_name_or_path is missing.")
     if bool(args.prompt_file) == bool(args.dataset_name):
         raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)

@@ -31,18 +31,18 @@ def read_prompts(path, caption_column: str = CAPTION_COLUMN) -> list[str]:
         raise UserError(f"the prompt file {path} does not exist: give a text file with one prompt per line.")
     if path.suffix in (".json", ".parquet", ".arrow", ".tsv"):
         raise UserError(f"the prompt file {path} is none of .txt, .jsonl and .csv: give one, or use --dataset_name.")
-    rows_of = {".jsonl": _jsonl_rows, ".csv": csv.DictReader}.get(path.suffix, _text_rows)
-    if rows_of is _text_rows:
-        caption_column = CAPTION_COLUMN
     what = f"the prompt file {path}"
+    rows_of = {".jsonl": _jsonl_rows, ".csv": csv.DictReader}.get(path.suffix, _text_rows)
+    if rows_of is _text_rows and caption_column != CAPTION_COLUMN:
+        raise UserError(f"{what} has no columns, it is read line by line: leave out --caption_column.")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             prompts = _captions(what, rows_of(file), caption_column)
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{what} is not UTF-8 text: save it as such, one prompt per line.") from None
     except (ValueError, csv.Error) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{what} cannot be read: {first_line(error)}.") from None
     if not prompts:
         raise UserError(f"{what} holds no prompt: write one prompt per line.")
@@ -110,6 +110,7 @@ def _captions(what: str, rows: Iterable[dict], column: str) -> list[str]:
             kind = type(caption).__name__
             raise UserError(f"{what} has a {kind} for {column} in row {number}: the prompts must be text.")
         captions.append((caption or "").strip())
+        captions[-1].encode()  # half of a surrogate pair, which JSON can hold, is an error here and not in a tokenizer
     return list(filter(None, captions))
 
 
