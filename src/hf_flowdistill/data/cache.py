@@ -55,7 +55,7 @@ def encoder_key(pipeline, contract) -> dict[str, Any]:
         "pipeline_source": _source_digest(type(pipeline)),
         "pipeline_kwargs": contract.pipeline_kwargs,
         "size": [contract.height, contract.width],
-        "dtypes": {name: str(contract.dtypes[name]) for name in sorted(contract.conditioning_dims)},
+        "dtypes": {str(name): str(dtype) for name, dtype in contract.dtypes.items()},
         "guidance": guidance,
         **components,
     }
