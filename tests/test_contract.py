@@ -249,7 +249,7 @@ def test_learning_is_cheap(case):
     learn_contract(case.pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs=case.kwargs)
     hook.remove()
     guided = [1] * 6 if case.contract.guidance.kind == "two calls" else [2] * 3
-    assert batches == [2] * 3 + guided + [6, 6]
+    assert batches == [1] * 6 + guided + [6, 6]
 
 
 def test_a_transformer_with_offloading_hooks():

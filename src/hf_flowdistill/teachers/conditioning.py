@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.teachers.watch import call_arguments, plain_scheduler, undisturbed, watch
+from hf_flowdistill.teachers.arguments import pad
+from hf_flowdistill.teachers.watch import call_arguments, call_parameters, plain_scheduler, undisturbed, watch
 
 
 EMBEDDED_GUIDANCE = "embedded_guidance"
+LENGTH = ".length"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Conditioning:
 
     Attributes:
         tensors: transformer argument -> [n, ...]. A transformer that embeds a guidance scale has one more entry,
-            "embedded_guidance", [n] in float32, in the units of the pipeline's `guidance_scale`.
+            "embedded_guidance", [n] in float32, in the units of the pipeline's `guidance_scale`. An argument that is
+            longer for one prompt than for another is padded with zeros, and has its lengths, [n] in int64, beside it
+            under the name with ".length" appended; what the transformer is given is not padded.
     """
 
     tensors: dict[str, Tensor]
@@ -77,17 +81,25 @@ class Conditioning:
         """All rows of `parts`, in order.
 
         Raises:
-            ValueError: the parts have different arguments, or rows of different shapes.
+            ValueError: the parts have different arguments, or rows of different shapes and no lengths.
         """
         parts = list(parts)
+        ragged = {name.removesuffix(LENGTH) for name in parts[0].tensors if name.endswith(LENGTH)}
         for part in parts:
             for name, tensor in part.tensors.items():
                 if part.tensors.keys() != parts[0].tensors.keys():
                     raise ValueError(f"cannot join {sorted(parts[0].tensors)} with {sorted(part.tensors)}")
-                if tensor.shape[1:] != parts[0].tensors[name].shape[1:]:
+                if name not in ragged and tensor.shape[1:] != parts[0].tensors[name].shape[1:]:
                     shapes = tuple(parts[0].tensors[name].shape[1:]), tuple(tensor.shape[1:])
                     raise ValueError(f"cannot join rows of '{name}' of shapes {shapes[0]} and {shapes[1]}")
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+        def joined(name):
+            tensors = [part.tensors[name] for part in parts]
+            if len({tensor.shape[1:] for tensor in tensors}) == 1:
+                return torch.cat(tensors)
+            return pad([row for tensor in tensors for row in tensor])
+
+        return Conditioning({name: joined(name) for name in parts[0].tensors})
 
 
 def encode_prompts(
@@ -100,11 +112,18 @@ def encode_prompts(
     call with `negative_prompt`; for a pipeline without classifier-free guidance it is `negative_prompt` encoded as a
     prompt. Both lie on the CPU, in the dtype that the pipeline gives them. The pipeline is left as it was.
 
+    Prompts go one at a time (whatever `batch_size`) where a prompt's embedding would otherwise depend on the others of
+    its batch, by padding for instance: what counts is what the pipeline feeds for the prompt alone.
+
     Raises:
-        UserError: there are no prompts, or something in the list is not a string.
+        UserError: there are no prompts, something in the list is not a string, the pipeline takes no negative prompt,
+            or an argument that was learned to be constant is another one for one of the prompts.
     """
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("encode_prompts takes a list with at least one prompt, each a string.")
+    if negative_prompt and contract.guidance.kind != "none" and "negative_prompt" not in call_parameters(pipeline):
+        raise UserError(f"{contract.pipeline_class} takes no negative prompt: leave it empty.")
+    batch_size = batch_size if contract.prompts_at_once else 1
     chunks = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     with undisturbed(pipeline):
         conditional = [contract.conditioning_from(_capture(pipeline, contract, chunk)[0]) for chunk in chunks]
@@ -138,5 +157,14 @@ def _capture(pipeline, contract, prompts, negative_prompt=None):
         output_type="latent",
         **contract.guidance.arguments(on=guided),
     )
-    (step,), _ = watch(pipeline, arguments, scheduler=plain_scheduler(pipeline), stub=contract.zero_output)
-    return [call.arguments for call in step.calls]
+    (step,), _ = watch(
+        pipeline, arguments, scheduler=plain_scheduler(pipeline), stub=contract.zero_output, guided=guided
+    )
+    calls = [call.arguments for call in step.calls]
+    changed = contract.changed_constant(calls)
+    if changed is not None:
+        raise UserError(
+            f"{contract.pipeline_class}: its transformer's argument {changed} is another one for the prompt "
+            f"{prompts[0]!r} than for those it was learned with: leave that prompt out."
+        )
+    return calls

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
 
 
+SCALE = 2.0  # of the classifier-free guidance in every guided call that is watched
 SET_BY_US = frozenset(
     "prompt negative_prompt height width num_inference_steps latents generator output_type return_dict".split()
 )
@@ -100,14 +102,18 @@ def call_parameters(pipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
-def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Tensor] | None = None):
+def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] | None = None, guided: bool = False):
     """Call the pipeline with `arguments` and return (list of `Step`, what the pipeline returned first).
 
     `scheduler` stands in for the pipeline's own (and is used up: pass a fresh one). With `stub`, the transformer does
-    not run: `stub(arguments by name)` gives its output, so the call costs text encoding and decoding only.
-    Use inside `undisturbed`.
+    not run: `stub(arguments by name)` gives its output, so the call costs text encoding and decoding only. `guided`
+    matters where the pipeline keeps its guidance in a component of its own (a diffusers guider) instead of an argument
+    of its call: plain classifier-free guidance at `SCALE` stands in for it, or none. Use inside `undisturbed`.
     """
-    transformer, replaced_scheduler = pipeline.transformer, pipeline.scheduler
+    transformer = pipeline.transformer
+    stand_ins = {name: ClassifierFreeGuidance(SCALE, enabled=guided) for name in guiders(pipeline)}
+    stand_ins["scheduler"] = scheduler
+    replaced = {name: getattr(pipeline, name) for name in stand_ins}
     forward, step = transformer.forward, scheduler.step
     forward_signature, step_signature = inspect.signature(forward), inspect.signature(step)
     steps, calls = [], []
@@ -135,13 +141,18 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Tensor
         return result
 
     scheduler.step = watched_step
-    pipeline.__dict__["scheduler"] = scheduler
+    pipeline.__dict__.update(stand_ins)
     transformer.forward = watched_forward
     try:
         return steps, pipeline(**arguments)[0]
     finally:
         transformer.forward = forward
-        pipeline.__dict__["scheduler"] = replaced_scheduler
+        pipeline.__dict__.update(replaced)
+
+
+def guiders(pipeline) -> list[str]:
+    """Names of the components that combine the halves of guidance."""
+    return [name for name, component in pipeline.components.items() if isinstance(component, BaseGuidance)]
 
 
 def own_scheduler(pipeline):
