@@ -2,14 +2,17 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """More tiny pipelines of the real diffusers classes: the teachers that tiny_pipelines.py does not have.
 
-Every tokenizer, text encoder and VAE is of the class that the published pipeline has, so that templates, masks, padding
-and negative prompts run as they do there.
+Every tokenizer, text encoder and VAE is of the class that the published pipeline has, so that templates, masks,
+padding and negative prompts run as they do there.
 """
+
+from types import SimpleNamespace
 
 import diffusers
 import transformers
 from diffusers import AutoencoderKLFlux2, AutoencoderKLHunyuanImage, AutoencoderKLQwenImage
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+from diffusers.pipelines.prx import pipeline_prx
 from tiny_pipelines import (
     _finish,
     _seeded,
@@ -24,7 +27,9 @@ from tokenizers import pre_tokenizers
 
 
 CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
@@ -270,9 +275,7 @@ def cogview4():
                 sample_size=8,
                 rope_axes_dim=(16, 16),
             ),
-            scheduler=Euler(
-                base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear", **DYNAMIC
-            ),
+            scheduler=Euler(base_shift=0.25, max_shift=0.75, time_shift_type="linear", **DYNAMIC),
             vae=kl_autoencoder(latent_channels=4),
             text_encoder=transformers.GlmModel(transformers.GlmConfig(**config)),
             tokenizer=tokenizer,
@@ -359,6 +362,8 @@ def hunyuan_image(guidance_embeds=False):
 
 @_seeded
 def prx():
+    if not hasattr(pipeline_prx, "ftfy"):  # an optional package that repairs broken text and leaves other text alone
+        pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda text: text)
     tokenizer = unigram_tokenizer(model_max_length=32)
     module = {
         "vocab_size": len(tokenizer),
@@ -475,6 +480,128 @@ def ovis_image():
             scheduler=Euler(**DYNAMIC),
             vae=kl_autoencoder(latent_channels=4),
             text_encoder=qwen3(tokenizer, transformers.Qwen3Model),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+def mistral3_config(tokenizer):
+    text = {**decoder_config(tokenizer, num_layers=3), "model_type": "mistral"}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    return transformers.Mistral3Config(text_config=text, vision_config=vision)
+
+
+@_seeded
+def flux2():
+    tokenizer = qwen_tokenizer()
+    return _finish(
+        diffusers.Flux2Pipeline(
+            transformer=diffusers.Flux2Transformer2DModel(
+                **{**FLUX_LIKE, "joint_attention_dim": 48, "axes_dims_rope": (4, 4, 4, 4)}
+            ),
+            scheduler=Euler(**DYNAMIC),
+            vae=flux2_autoencoder(),
+            text_encoder=transformers.Mistral3ForConditionalGeneration(mistral3_config(tokenizer)),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+@_seeded
+def lumina():
+    tokenizer = unigram_tokenizer(model_max_length=256)
+    config = transformers.GemmaConfig(**{**decoder_config(tokenizer), "bos_token_id": 1})
+    return _finish(
+        diffusers.LuminaPipeline(
+            transformer=diffusers.LuminaNextDiT2DModel(
+                sample_size=8,
+                in_channels=4,
+                hidden_size=16,
+                num_layers=1,
+                num_attention_heads=2,
+                num_kv_heads=1,
+                multiple_of=2,
+                cross_attention_dim=16,
+            ),
+            scheduler=Euler(shift=3.0),
+            vae=kl_autoencoder(latent_channels=4, blocks=4),
+            text_encoder=transformers.GemmaModel(config),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+@_seeded
+def longcat_image():
+    tokenizer = qwen_tokenizer()
+    return _finish(
+        diffusers.LongCatImagePipeline(
+            transformer=diffusers.LongCatImageTransformer2DModel(
+                **{**FLUX_LIKE, "in_channels": 64, "axes_dims_rope": [4, 4, 8]}, pooled_projection_dim=16
+            ),
+            scheduler=Euler(**DYNAMIC),
+            vae=kl_autoencoder(latent_channels=16),
+            text_encoder=qwen2_5_vl(tokenizer),
+            tokenizer=tokenizer,
+            text_processor=None,  # rewrites prompts, which the tests switch off
+        )
+    )
+
+
+@_seeded
+def ernie_image():
+    tokenizer = qwen_tokenizer()
+    return _finish(
+        diffusers.ErnieImagePipeline(
+            transformer=diffusers.ErnieImageTransformer2DModel(
+                hidden_size=16,
+                num_attention_heads=2,
+                num_layers=1,
+                ffn_hidden_size=32,
+                in_channels=16,
+                out_channels=16,
+                text_in_dim=16,
+                rope_axes_dim=(4, 2, 2),
+            ),
+            scheduler=Euler(shift=3.0),
+            vae=flux2_autoencoder(),
+            text_encoder=transformers.Mistral3Model(mistral3_config(tokenizer)),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+@_seeded
+def bria_fibo():
+    tokenizer = qwen_tokenizer()
+    vocab_size = 128001  # the pipeline feeds token 128000 for an empty prompt
+    config = transformers.SmolLM3Config(**{**decoder_config(tokenizer), "vocab_size": vocab_size})
+    return _finish(
+        diffusers.BriaFiboPipeline(
+            transformer=diffusers.BriaFiboTransformer2DModel(
+                **{**FLUX_LIKE, "in_channels": 4, "joint_attention_dim": 32, "axes_dims_rope": [4, 4, 8]},
+                text_encoder_dim=16,
+            ),
+            scheduler=Euler(**DYNAMIC),
+            vae=diffusers.AutoencoderKLWan(
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1, 2, 2, 2],
+                num_res_blocks=1,
+                temperal_downsample=[False, False, True, True],
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 1.1, 2.0],
+            ),
+            text_encoder=transformers.SmolLM3ForCausalLM(config),
             tokenizer=tokenizer,
         )
     )

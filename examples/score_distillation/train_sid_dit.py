@@ -445,9 +445,7 @@ def validate(run):
 def save_student(run):
     """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
     args = run.args
-    guidance_off = run.contract.guidance.arguments(on=False)
-    if run.contract.embedded_guidance is not None:
-        guidance_off["guidance_scale"] = 1.0
+    guidance_off = run.contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,

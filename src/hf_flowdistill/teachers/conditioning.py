@@ -130,7 +130,8 @@ def encode_prompts(
         if contract.guidance.kind == "none":
             unconditional = contract.conditioning_from(_capture(pipeline, contract, [negative_prompt])[0])
         else:
-            calls = _capture(pipeline, contract, prompts[:1], negative_prompt)
+            # For the negative prompt as the prompt too: the pipeline may pad the shorter of the two to the longer.
+            calls = _capture(pipeline, contract, [negative_prompt], negative_prompt)
             _, unconditional = contract.halves(calls)
             unconditional = _same_embedded_guidance(unconditional, conditional[0])
     return Conditioning.cat(part.to("cpu") for part in conditional), Conditioning.cat([unconditional.to("cpu")])

@@ -14,6 +14,7 @@ from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
 from hf_flowdistill.teachers.inference import same
 from hf_flowdistill.teachers.watch import SCALE, first_output
+from hf_flowdistill.timesteps import few_step_sigmas
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,20 @@ class Contract:
             output = output.narrow(*self.output_part)
         return self.output_sign * output.reshape(-1, *self.latent_shape)
 
+    def student_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a student of `num_steps` steps: no guidance, and the network's times.
+
+        The times only where they are a table of sigma, as the pipeline would make others from its number of steps.
+        """
+        arguments = self.guidance.arguments(on=False)
+        if self.embedded_guidance is not None:
+            arguments[self.embedded_guidance_argument] = 1.0
+        if self.time_table is not None:
+            sigmas = few_step_sigmas(num_steps)
+            arguments["sigmas"] = sigmas.tolist()
+            arguments["timesteps"] = [round(time, 4) for time in self.time(sigmas).tolist()]
+        return arguments
+
     def zero_output(self, arguments: dict[str, Any]) -> Tensor | list[Tensor]:
         """What the transformer would return for these arguments, all zeros: a velocity that moves nothing."""
         latent = arguments[self.latent_argument]
@@ -251,6 +266,7 @@ class Contract:
             ("conditional", "unconditional") if self.guidance.conditional_first else ("unconditional", "conditional")
         )
         guidance = "none" if self.guidance.kind == "none" else f"{self.guidance.kind}, {order[0]} first"
+        kept = {path.split(".")[0] for path in self.slots}
         return {
             "pipeline": self.pipeline_class,
             "transformer": self.transformer_class,
@@ -260,7 +276,7 @@ class Contract:
             "velocity": ("-" if self.output_sign < 0 else "") + output,
             "conditioning": sorted(self.slots),
             "varying_length": sorted(path for path, slot in self.slots.items() if slot.ragged is not None),
-            "constant": sorted(name for name, value in self.static.items() if value is not None),
+            "constant": sorted(name for name, value in self.static.items() if value is not None and name not in kept),
             "guidance": guidance
             if self.guidance.plain
             else f"{guidance}, combined here without the pipeline's rescaling",

@@ -37,6 +37,7 @@ PROMPTS = [
     "a cat",
     'two big dogs beside a sign that says "no dogs" in red letters, early in the morning, in heavy rain',
 ]
+NEGATIVE_PROMPT = "a dog"  # of the first prompt's length, so that neither is padded to the other's
 SCALE_TO_COMPARE = 3.0
 TABLE_STEPS = 1000
 
@@ -245,7 +246,7 @@ def _learn_guidance(watcher: _Watcher, contract: Contract, single: dict[str, Any
     if not (min(distances) <= watcher.tolerance and max(distances) > 4 * min(distances)):
         refuse(watcher.name, "under guidance neither or both of the halves are what it uses for the prompt alone")
     contract = replace(contract, guidance=replace(guidance, conditional_first=distances[0] < distances[1]))
-    steps, _ = watcher(PROMPTS[:1], contract.guidance, guided=True, negative_prompt="")
+    steps, _ = watcher(PROMPTS[:1], contract.guidance, guided=True, negative_prompt=NEGATIVE_PROMPT)
     scale = contract.guidance.watched_scale
     own = [getattr(watcher.pipeline, name) for name in guiders(watcher.pipeline)]
     plain = all(type(guider) is ClassifierFreeGuidance and guider.guidance_rescale == 0 for guider in own) and all(
@@ -281,7 +282,7 @@ def _calls_at_scale(watcher: _Watcher, contract: Contract, scale: float) -> list
         guided=True,
         stub=contract.zero_output,
         num_steps=1,
-        negative_prompt="",
+        negative_prompt=NEGATIVE_PROMPT,
         **{**contract.guidance.arguments(on=True), **scales},
     )
     return [call.arguments for call in step.calls]

@@ -58,6 +58,11 @@ def check_flow_matching(pipeline) -> None:
         predicts = "flow_prediction"
     else:
         predicts = config.get("prediction_type", "something unknown")
+    if predicts == "trigflow" or getattr(pipeline, "config", {}).get("is_distilled", False):
+        raise UserError(
+            f"{name} cannot be a teacher: it is itself a student of few steps; choose the many-step model it was made "
+            "from."
+        )
     if predicts != "flow_prediction":
         raise UserError(
             f"{name} is not a flow-matching pipeline: its scheduler, {kind}, takes a network that predicts "
