@@ -4,12 +4,21 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, DiffusionPipeline
+from diffusers import (
+    ClassifierFreeGuidance,
+    ConfigMixin,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
+from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
+from diffusers.utils.torch_utils import randn_tensor
 from teacher_cases import TEACHERS, learned
 
 from hf_flowdistill.flow import guide
@@ -18,7 +27,7 @@ from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks import Networks
 from hf_flowdistill.rollout import rollout
-from hf_flowdistill.teachers import decode, encode_prompts
+from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
 from hf_flowdistill.teachers.inference import as_batch, relative_error
 
 
@@ -233,3 +242,87 @@ def train_two_steps(case):
         assert any(changed) == (name in turns)
         assert name not in turns or sum(changed) > 0.7 * len(changed)
     return networks
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """Tokens in, tokens out; an angle for a time, and words in a list inside a dictionary."""
+
+    @register_to_config
+    def __init__(self, channels: int = 8, width: int = 16):
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(channels, width), torch.nn.Linear(width, 2 * channels)
+        self.text = torch.nn.Linear(3, width)
+
+    def forward(self, tokens, angle, prompt, grid):
+        words = torch.stack([self.text(row).tanh().sum(0) for row in prompt["words"]]) + self.text(prompt["style"])
+        hidden = self.read(tokens) + (words * torch.cos(angle)[:, None])[:, None] + grid.sum(-1)[None, :, None]
+        return (self.write(torch.tanh(hidden)),)
+
+
+class HomeMadePipeline(DiffusionPipeline):
+    """No argument is named as diffusers names it, the time is an angle, the latents are packed into tokens of 2x2."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def words(self, prompts):
+        return [torch.tensor([[ord(letter) % 5 / 4, len(text) / 9, 1.0] for letter in text + "."]) for text in prompts]
+
+    def velocity(self, tokens, sigma, prompts, grid):
+        angle = torch.atan2(sigma, 1 - sigma).expand(len(tokens))
+        style = torch.tensor([[len(text) / 30, 0.5, -0.5] for text in prompts])
+        (output,) = self.transformer(tokens, angle, prompt={"words": self.words(prompts), "style": style}, grid=grid)
+        return -output[..., output.shape[-1] // 2 :]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt,
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        negative_prompt=None,
+        generator=None,
+        output_type="np",
+    ):
+        image = randn_tensor((len(prompt), 2, height // 4, width // 4), generator=generator)
+        tokens = image.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        grid = torch.cartesian_prod(torch.arange(height // 8), torch.arange(width // 8)) / 4
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            velocity = self.velocity(tokens, t / 1000, prompt, grid)
+            if guidance_scale > 0:
+                without = self.velocity(tokens, t / 1000, negative_prompt or [""] * len(prompt), grid)
+                velocity = velocity + guidance_scale * (velocity - without)
+            tokens = self.scheduler.step(velocity, t, tokens).prev_sample
+        return (tokens if output_type == "latent" else tokens.numpy(),)
+
+
+def test_a_pipeline_class_written_after_the_fact():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = HomeMadePipeline(Denoiser(), FlowMatchEulerDiscreteScheduler(shift=2.0))
+    contract = learn_contract(pipeline, height=16, width=16)
+    told = contract.as_dict()
+    assert told["latent"] == "tokens [4, 8]"
+    assert told["time"].startswith("angle = table of sigma")
+    assert told["velocity"] == "-8 of 16 along dimension 2"
+    assert told["conditioning"] == ["prompt.style", "prompt.words"]
+    assert told["varying_length"] == ["prompt.words"]
+    assert (told["guidance"], told["guidance_argument"]) == (
+        "two calls, conditional first",
+        "guidance_scale (off at 0)",
+    )
+
+    conditional, unconditional = encode_prompts(pipeline, contract, PROMPTS, negative_prompt=NEGATIVE)
+    x_t = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    sigma, grid = torch.tensor([0.93, 0.12]), torch.cartesian_prod(torch.arange(2), torch.arange(2)) / 4
+    guided = contract.guided_velocity(pipeline.transformer, x_t, sigma, conditional, unconditional, SCALE)
+    for row, prompt in enumerate(PROMPTS):
+        with_prompt, without = (
+            pipeline.velocity(x_t[row : row + 1], sigma[row], [text], grid) for text in (prompt, NEGATIVE)
+        )
+        assert relative_error(guided[row : row + 1], guide(without, with_prompt, SCALE)) <= 1e-4
+    train_two_steps(SimpleNamespace(pipeline=pipeline, contract=contract))

@@ -12,7 +12,7 @@ import diffusers
 import transformers
 from diffusers import AutoencoderKLFlux2, AutoencoderKLHunyuanImage, AutoencoderKLQwenImage
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
-from diffusers.pipelines.prx import pipeline_prx
+from diffusers.pipelines.prx import pipeline_prx, pipeline_prx_pixel
 from tiny_pipelines import (
     _finish,
     _seeded,
@@ -121,6 +121,11 @@ def qwen_autoencoder():
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 0.8, 1.1, 2.0],
     )
+
+
+for module in (pipeline_prx, pipeline_prx_pixel):
+    if not hasattr(module, "ftfy"):  # an optional package that repairs broken text and leaves other text alone
+        module.ftfy = SimpleNamespace(fix_text=lambda text: text)
 
 
 @_seeded
@@ -362,8 +367,6 @@ def hunyuan_image(guidance_embeds=False):
 
 @_seeded
 def prx():
-    if not hasattr(pipeline_prx, "ftfy"):  # an optional package that repairs broken text and leaves other text alone
-        pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda text: text)
     tokenizer = unigram_tokenizer(model_max_length=32)
     module = {
         "vocab_size": len(tokenizer),

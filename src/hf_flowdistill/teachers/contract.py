@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from hf_flowdistill.flow import guide
@@ -59,6 +60,7 @@ class Contract:
         time_table: (sigmas, times), both increasing in sigma, where time is no such line; it is read linearly.
         output_shape, output_sign, output_part: velocity = sign * output, or a part of it: (dimension of the batch,
             start, length). A list that is returned counts as stacked.
+        output_container: what the output comes in: "tuple", "object" (with the attribute `sample`) or "nothing".
         slots: path of an argument -> where its samples are, for what depends on the prompt.
         repeated: the same for arguments that are equal for all prompts; `static` has them for one sample.
         static: arguments that depend on neither prompt nor time.
@@ -91,6 +93,7 @@ class Contract:
     static: dict[str, Any] = field(repr=False)
     latent_is_list: bool = False
     output_is_list: bool = False
+    output_container: str = "nothing"
     time_table: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     prompts_at_once: bool = True
     embedded_guidance: tuple[str, float] | None = None
@@ -181,6 +184,17 @@ class Contract:
         halves = self.velocity(transformer, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
         return guide(*halves.chunk(2), scale)
 
+    @property
+    def guidance_modes(self) -> tuple[str, ...]:
+        """How this teacher can be guided, its default first: "cfg", "embedded", "both"; () if in neither way.
+
+        A network that embeds a scale was distilled from a guided one, and its pipeline leaves classifier-free guidance
+        off; guiding it twice at the same scale overdoes it. So embedded comes first where there is a choice.
+        """
+        cfg, embedded = self.guidance.kind != "none", self.embedded_guidance is not None
+        both = ("embedded", "cfg", "both") if cfg else ("embedded",)
+        return both if embedded else ("cfg",) * cfg
+
     def conditioning_from(self, arguments: dict[str, Any]) -> Conditioning:
         """The conditioning in the arguments of one transformer call of the pipeline."""
         batch, tensors = len(arguments[self.latent_argument]), {}
@@ -248,11 +262,14 @@ class Contract:
             arguments["timesteps"] = [round(time, 4) for time in self.time(sigmas).tolist()]
         return arguments
 
-    def zero_output(self, arguments: dict[str, Any]) -> Tensor | list[Tensor]:
+    def zero_output(self, arguments: dict[str, Any]) -> Any:
         """What the transformer would return for these arguments, all zeros: a velocity that moves nothing."""
         latent = arguments[self.latent_argument]
         zeros = latent[0].new_zeros(len(latent), *self.output_shape)
-        return list(zeros) if self.output_is_list else zeros
+        zeros = list(zeros) if self.output_is_list else zeros
+        if self.output_container == "object":
+            return Transformer2DModelOutput(sample=zeros)
+        return (zeros,) if self.output_container == "tuple" else zeros
 
     def as_dict(self) -> dict[str, Any]:
         """What was learned, in words and numbers that go into a log or a table."""
@@ -280,6 +297,7 @@ class Contract:
             "guidance": guidance
             if self.guidance.plain
             else f"{guidance}, combined here without the pipeline's rescaling",
+            "guidance_modes": list(self.guidance_modes),
             "guidance_argument": self._guidance_argument_in_words(),
             "embedded_guidance": self.embedded_guidance and self.embedded_guidance[0],
             "replay_error": self.replay_error,

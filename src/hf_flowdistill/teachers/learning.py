@@ -135,6 +135,7 @@ def _learn_unguided(watcher: _Watcher) -> tuple[Contract, list[Step]]:
         output_sign=sign,
         output_part=part,
         output_is_list=not isinstance(output, torch.Tensor),
+        output_container=steps[0].calls[0].container,
         dtype=pipeline.transformer.dtype,
         slots={},
         repeated={},

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import BaseGuidance
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
@@ -30,10 +29,11 @@ SET_BY_US = frozenset(
 
 @dataclass
 class TransformerCall:
-    """Arguments by parameter name (tensors copied), and the first thing returned."""
+    """Arguments by parameter name (tensors copied), the first thing returned, and what it was returned in."""
 
     arguments: dict[str, Any]
     output: Any
+    container: str = "nothing"
 
 
 @dataclass
@@ -111,8 +111,8 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] |
     """Call the pipeline with `arguments` and return (list of `Step`, what the pipeline returned first).
 
     `scheduler` stands in for the pipeline's own (and is used up: pass a fresh one). With `stub`, the transformer does
-    not run: `stub(arguments by name)` gives its output, so the call costs text encoding and decoding only. `guided`
-    matters where the pipeline keeps its guidance in a component of its own (a diffusers guider) instead of an argument
+    not run: `stub(arguments by name)` gives what it returns, so the call costs text encoding and decoding only.
+    `guided` matters where the pipeline keeps its guidance in a component (a diffusers guider) instead of an argument
     of its call: plain classifier-free guidance at `SCALE` stands in for it, or none. Use inside `undisturbed`.
     """
     transformer = pipeline.transformer
@@ -126,13 +126,10 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] |
     def watched_forward(*args, **kwargs):
         named = _by_name(forward_signature, args, kwargs)
         call = TransformerCall({name: _copied(value) for name, value in named.items()}, None)
-        if stub is None:
-            output = forward(*args, **kwargs)
-        elif named.get("return_dict", True):
-            output = Transformer2DModelOutput(sample=stub(named))
-        else:
-            output = (stub(named),)
+        output = forward(*args, **kwargs) if stub is None else stub(named)
         call.output = _copied(first_output(output))
+        if not isinstance(output, (Tensor, list)):
+            call.container = "tuple" if isinstance(output, tuple) else "object"
         calls.append(call)
         return output
 
