@@ -15,6 +15,7 @@ from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
 from hf_flowdistill.teachers.inference import same
 from hf_flowdistill.teachers.watch import SCALE, first_output
+from hf_flowdistill.teachers.words import in_words
 from hf_flowdistill.timesteps import few_step_sigmas
 
 
@@ -243,7 +244,7 @@ class Contract:
 
     def velocity_from_output(self, output: Tensor | list[Tensor]) -> Tensor:
         """Transformer output [B, *output_shape] -> velocity [B, *latent_shape], in the output's dtype."""
-        output = torch.stack(output) if self.output_is_list else output
+        output = output if isinstance(output, Tensor) else torch.stack(output)
         if self.output_part is not None:
             output = output.narrow(*self.output_part)
         return self.output_sign * output.reshape(-1, *self.latent_shape)
@@ -273,35 +274,7 @@ class Contract:
 
     def as_dict(self) -> dict[str, Any]:
         """What was learned, in words and numbers that go into a log or a table."""
-        output = "output"
-        if self.output_part is not None:
-            dim, start, length = self.output_part
-            whole = self.output_shape[dim - 1]
-            first_half = dim == 1 and start == 0 and 2 * length == whole
-            output = "first half of the channels" if first_half else f"{length} of {whole} along dimension {dim}"
-        order = (
-            ("conditional", "unconditional") if self.guidance.conditional_first else ("unconditional", "conditional")
-        )
-        guidance = "none" if self.guidance.kind == "none" else f"{self.guidance.kind}, {order[0]} first"
-        kept = {path.split(".")[0] for path in self.slots}
-        return {
-            "pipeline": self.pipeline_class,
-            "transformer": self.transformer_class,
-            "size": f"{self.height}x{self.width}",
-            "latent": f"{self.latent_argument} {list(self.latent_shape)}",
-            "time": f"{self.time_argument} = {self._time_in_words()}",
-            "velocity": ("-" if self.output_sign < 0 else "") + output,
-            "conditioning": sorted(self.slots),
-            "varying_length": sorted(path for path, slot in self.slots.items() if slot.ragged is not None),
-            "constant": sorted(name for name, value in self.static.items() if value is not None and name not in kept),
-            "guidance": guidance
-            if self.guidance.plain
-            else f"{guidance}, combined here without the pipeline's rescaling",
-            "guidance_modes": list(self.guidance_modes),
-            "guidance_argument": self._guidance_argument_in_words(),
-            "embedded_guidance": self.embedded_guidance and self.embedded_guidance[0],
-            "replay_error": self.replay_error,
-        }
+        return in_words(self)
 
     def describe(self) -> str:
         """`as_dict`, one line each."""
@@ -309,17 +282,6 @@ class Contract:
         return "\n".join(
             f"{key.replace('_', ' ')}: {'none' if value in (None, '') else value}" for key, value in lines
         )
-
-    def _time_in_words(self) -> str:
-        if self.time_table is None:
-            return _affine(self.time_scale, self.time_offset)
-        times = self.time_table[1]
-        return f"table of sigma, from {times[0]:.4g} to {times[-1]:.4g}"
-
-    def _guidance_argument_in_words(self) -> str | None:
-        if self.guidance.kind == "none" or self.guidance.argument is None:
-            return None if self.guidance.kind == "none" else "a guider"
-        return self.guidance.argument + (f" (off at {self.guidance.off:g})" if self.guidance.off != 1 else "")
 
     def _groups(self, conditioning: Conditioning) -> list[list[int]]:
         """Row numbers that can share a call of the transformer."""
@@ -361,14 +323,3 @@ def _moved(value, device):
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _affine(scale: float, offset: float) -> str:
-    slope = {1.0: "sigma", -1.0: "-sigma"}.get(scale, f"{scale:g} * sigma")
-    if offset == 0:
-        return slope
-    return (
-        f"{offset:g} - {slope[1:]}"
-        if slope.startswith("-")
-        else f"{slope} {'+' if offset > 0 else '-'} {abs(offset):g}"
-    )

@@ -13,9 +13,9 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow import guide
 from hf_flowdistill.teachers import inference
 from hf_flowdistill.teachers.arguments import get
-from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract, Guidance
-from hf_flowdistill.teachers.inference import as_batch, refuse, relative_error, same
+from hf_flowdistill.teachers.inference import as_batch, refuse, relative_error
+from hf_flowdistill.teachers.replay import distance, half_velocities, replay_errors, what_does_not_fit
 from hf_flowdistill.teachers.watch import (
     SCALE,
     SET_BY_US,
@@ -65,13 +65,13 @@ def learn_contract(pipeline, *, height: int, width: int, pipeline_kwargs: dict[s
     with undisturbed(pipeline):
         contract, steps = _learn_unguided(watcher)
         contract, guided_steps = _learn_guidance(watcher, contract, steps[0].calls[0].arguments)
-        errors = _replay_errors(watcher, contract, steps, guided_steps)
+        errors = replay_errors(pipeline.transformer, contract, steps, guided_steps)
         error = max(errors.values(), key=lambda value: (np.isnan(value), value))
         if not error <= watcher.tolerance:
             refuse(
                 watcher.name,
                 f"replaying it does not give the outputs of its own call (relative error {error:.1e}): "
-                + _what_does_not_fit(watcher, contract, steps, errors),
+                + what_does_not_fit(pipeline.transformer, contract, steps, errors, watcher.tolerance),
             )
     return replace(contract, replay_error=error)
 
@@ -184,7 +184,7 @@ def _with_slots(watcher: _Watcher, contract: Contract, one, other) -> Contract:
         dtypes={path: as_batch(get(one, path)).dtype for path in slots},
     )
     alone = contract.conditioning_from(one)
-    if not _distance(contract, alone, contract.conditioning_from(twice)[0]) <= watcher.tolerance:
+    if not distance(contract, alone, contract.conditioning_from(twice)[0]) <= watcher.tolerance:
         refuse(watcher.name, "the conditioning of a prompt depends on how many are encoded at once")
     return replace(contract, prompts_at_once=_same_in_company(watcher, contract, together, one, other))
 
@@ -196,7 +196,7 @@ def _same_in_company(watcher, contract, together, one, other) -> bool:
     except (TypeError, ValueError, RuntimeError, AttributeError):  # None where a single prompt has a mask, say
         return False
     alone = [contract.conditioning_from(one), contract.conditioning_from(other)]
-    return all(_distance(contract, both[row], alone[row]) <= watcher.tolerance for row in range(2))
+    return all(distance(contract, both[row], alone[row]) <= watcher.tolerance for row in range(2))
 
 
 def _watch_unguided(watcher: _Watcher) -> tuple[Guidance, list[Step]]:
@@ -243,7 +243,7 @@ def _learn_guidance(watcher: _Watcher, contract: Contract, single: dict[str, Any
     guidance = replace(contract.guidance, kind=kind, conditional_first=True)
     first, second = replace(contract, guidance=guidance).halves(calls)
     alone = contract.conditioning_from(single)
-    distances = _distance(contract, alone, first), _distance(contract, alone, second)
+    distances = distance(contract, alone, first), distance(contract, alone, second)
     if not (min(distances) <= watcher.tolerance and max(distances) > 4 * min(distances)):
         refuse(watcher.name, "under guidance neither or both of the halves are what it uses for the prompt alone")
     contract = replace(contract, guidance=replace(guidance, conditional_first=distances[0] < distances[1]))
@@ -251,7 +251,7 @@ def _learn_guidance(watcher: _Watcher, contract: Contract, single: dict[str, Any
     scale = contract.guidance.watched_scale
     own = [getattr(watcher.pipeline, name) for name in guiders(watcher.pipeline)]
     plain = all(type(guider) is ClassifierFreeGuidance and guider.guidance_rescale == 0 for guider in own) and all(
-        relative_error(guide(*_half_velocities(contract, step), scale), step.model_output) <= watcher.tolerance
+        relative_error(guide(*half_velocities(contract, step), scale), step.model_output) <= watcher.tolerance
         for step in steps
     )
     return replace(contract, guidance=replace(contract.guidance, plain=plain)), steps
@@ -302,63 +302,3 @@ def _with_embedded_guidance(watcher: _Watcher, contract: Contract, calls) -> Con
         repeated={path: slot for path, slot in contract.repeated.items() if path != found[0]},
         static={name: value for name, value in contract.static.items() if name != found[0]},
     )
-
-
-def _half_velocities(contract: Contract, step: Step):
-    """(unconditional, conditional) velocity of a guided step, from the transformer's own outputs."""
-    outputs = [call.output for call in step.calls]
-    if contract.guidance.kind == "doubled":
-        outputs = as_batch(outputs[0]).chunk(2)
-    elif contract.output_is_list:
-        outputs = [as_batch(output) for output in outputs]
-    contract = replace(contract, output_is_list=False)
-    velocities = [contract.velocity_from_output(output) for output in outputs]
-    return velocities[::-1] if contract.guidance.conditional_first else velocities
-
-
-def _replay_errors(watcher: _Watcher, contract: Contract, steps, guided_steps) -> dict[str, float]:
-    """Largest relative errors of replaying all steps side by side, at their different sigmas; NaN if one is."""
-
-    def together(steps):
-        samples = torch.cat([step.sample for step in steps])
-        sigma = torch.tensor([step.sigma for step in steps])
-        return watcher.pipeline.transformer, samples, sigma.to(samples.device)
-
-    rows = Conditioning.cat(contract.conditioning_from(step.calls[0].arguments) for step in steps)
-    expected = torch.cat([step.model_output for step in steps])
-    errors = {"unguided": relative_error(contract.velocity(*together(steps), rows), expected)}
-    if not guided_steps:
-        return errors
-    halves = [contract.halves([call.arguments for call in step.calls]) for step in guided_steps]
-    conditional, unconditional = (Conditioning.cat(half) for half in zip(*halves, strict=True))
-    scale = contract.guidance.watched_scale
-    expected = torch.cat([guide(*_half_velocities(contract, step), scale) for step in guided_steps])
-    replayed = contract.guided_velocity(*together(guided_steps), conditional, unconditional, scale)
-    return {**errors, "guided": relative_error(replayed, expected)}
-
-
-def _what_does_not_fit(watcher: _Watcher, contract: Contract, steps: list[Step], errors: dict[str, float]) -> str:
-    """The first difference between the pipeline's own transformer calls and the contract's, in words."""
-    transformer = watcher.pipeline.transformer
-    for step in steps:
-        own = step.calls[0].arguments
-        sigma, conditioning = torch.tensor([step.sigma], device=step.sample.device), contract.conditioning_from(own)
-        arguments = contract.transformer_arguments(step.sample, sigma, conditioning, contract.dtype)
-        for name, value in own.items():
-            replayed = arguments.get(name)
-            if name == contract.time_argument:
-                value, replayed = value.flatten()[:1].float(), replayed
-            if not same(value, replayed, watcher.tolerance):
-                return f"{name} is not what the pipeline feeds at sigma {step.sigma:.3f}"
-        error = relative_error(contract.velocity(transformer, step.sample, sigma, conditioning), step.model_output)
-        if not error <= watcher.tolerance:
-            return f"the output at sigma {step.sigma:.3f} is not what it is taken for (relative error {error:.1e})"
-    if not errors["unguided"] <= watcher.tolerance:
-        return "each sample fits alone, but not beside others at other sigmas or with other prompts"
-    return "the unguided calls fit, but not the two halves of guidance together"
-
-
-def _distance(contract: Contract, a: Conditioning, b: Conditioning) -> float:
-    """Largest relative difference of two conditionings; the embedded guidance aside. inf for other shapes."""
-    pairs = ((x, y) for path in contract.slots for x, y in zip(contract.rows(a, path), contract.rows(b, path)))
-    return max(relative_error(x, y) for x, y in pairs)
