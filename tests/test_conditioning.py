@@ -7,6 +7,7 @@ import pytest
 import tiny_pipelines
 import torch
 from safetensors.torch import load_file, save_file
+from teacher_cases import learned
 from tiny_pipelines import HEIGHT, WIDTH
 
 from hf_flowdistill.errors import UserError
@@ -43,6 +44,29 @@ def test_rows_of_a_batch_are_the_prompts_alone(teacher):
         assert_same(together[row], alone)
     first, second = together.tensors["encoder_hidden_states"][:2]
     assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen image", "z image", "kandinsky5", "bria fibo"])
+def test_no_row_is_padded_where_lengths_differ(name):
+    case = learned(name)
+    prompts = PROMPTS + ["a red ball"]
+    rows, _ = encode_prompts(case.pipeline, case.contract, prompts)
+    assert case.contract.prompts_at_once == (name == "z image")
+    lengths = next(tensor for key, tensor in rows.tensors.items() if key.endswith(".length"))
+    assert len(set(lengths.tolist())) > 1 and lengths[0] == lengths[-1]
+    longest_first = Conditioning.cat([rows[[2, 0]], encode_prompts(case.pipeline, case.contract, ["x"])[0]])
+    sigma = torch.full((3,), 0.5)
+    x_t = torch.randn(3, *case.contract.latent_shape, generator=torch.Generator().manual_seed(0))
+    calls = []
+    hook = case.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        together = case.contract.velocity(case.pipeline.transformer, x_t, sigma, longest_first)
+        hook.remove()
+        for row, prompt in enumerate(["x", "a red ball", "x"]):
+            alone, _ = encode_prompts(case.pipeline, case.contract, [prompt])
+            expected = case.contract.velocity(case.pipeline.transformer, x_t[[row]], sigma[[row]], alone)
+            torch.testing.assert_close(together[[row]], expected, atol=1e-5, rtol=0)
+    assert len(calls) == (1 if name == "z image" else 2)
 
 
 def test_runs_the_text_encoders_only(teacher):

@@ -305,7 +305,7 @@ def read_training_prompts(args):
 
 def encode_all(run):
     """Conditioning of the training, the validation and the negative prompts, read from a cache on the disk."""
-    args, accelerator, prompts = run.args, run.accelerator, run.prompts.distinct
+    args, accelerator = run.args, run.accelerator
     cached = functools.partial(
         cached_conditioning,
         args.conditioning_cache_dir or Path(args.output_dir, "conditioning"),
@@ -315,12 +315,12 @@ def encode_all(run):
         wait=accelerator.wait_for_everyone,
     )
     encode = functools.partial(encode_batch, run.pipeline, run.contract)
-    conditional = cached(prompts, encode)
+    conditional = cached(run.prompts.distinct, encode)
     # apart, so that changing them on resume cannot touch the last digit of the others
     validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
     unconditional = cached(
         [args.negative_prompt],
-        lambda texts: encode_unconditional(run.pipeline, run.contract, prompts[0], *texts),
+        lambda texts: encode_unconditional(run.pipeline, run.contract, *texts),
         role="negative prompt",
     )
     logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
@@ -482,9 +482,7 @@ def validate(run):
 def save_student(run):
     """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
     args = run.args
-    guidance_off = run.contract.guidance.arguments(on=False)
-    if run.contract.embedded_guidance is not None:
-        guidance_off["guidance_scale"] = 1.0
+    guidance_off = run.contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,
