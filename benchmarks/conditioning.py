@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What conditioning costs: bytes and time per prompt, through the cache that training uses, as a table.
 
-Of the tests' tiny pipelines, or of any other with `--pretrained_model_name_or_path`; its transformer runs a few times,
+Of the tests' tiny teachers, or of any other with `--pretrained_model_name_or_path`; its transformer runs a few times,
 to learn its contract.
 """
 
@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-import tiny_pipelines  # noqa: E402
+from teacher_cases import TEACHERS, learned  # noqa: E402
 
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
@@ -26,18 +26,8 @@ from hf_flowdistill.teachers import bytes_per_prompt, encode_batch, learn_contra
 from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries  # noqa: E402
 
 
-SHORT = {"max_sequence_length": 16}
-BARE = {"use_resolution_binning": False, "complex_human_instruction": None}
-TINY = {
-    tiny_pipelines.stable_diffusion_3: SHORT,
-    tiny_pipelines.sana: SHORT | BARE,
-    tiny_pipelines.flux: SHORT,
-}
-
-
-def measure(pipeline, resolution, pipeline_kwargs, prompts):
+def measure(pipeline, contract, prompts):
     """(class, bytes per prompt, on the disk, prompts encoded per second, found again per second, read per second)."""
-    contract = learn_contract(pipeline, height=resolution, width=resolution, pipeline_kwargs=pipeline_kwargs)
     key, texts = encoder_key(pipeline, contract), [f"{number} cats" for number in range(prompts)]
     rates = []
     with tempfile.TemporaryDirectory() as folder:
@@ -56,18 +46,21 @@ def measure(pipeline, resolution, pipeline_kwargs, prompts):
 
 def main():
     parser = ArgumentParser(prog="conditioning.py", description=__doc__)
-    parser.add_argument("--pretrained_model_name_or_path", metavar="PATH", help="instead of the tiny pipelines")
+    parser.add_argument("--pretrained_model_name_or_path", metavar="PATH", help="instead of the tiny teachers")
     parser.add_argument("--resolution", type=int, default=1024, metavar="PIXELS", help="of that pipeline's images")
     parser.add_argument("--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="of its call")
-    parser.add_argument("--prompts", type=int, default=2048, metavar="N", help="how many are encoded")
+    parser.add_argument("--prompts", type=int, default=256, metavar="N", help="how many are encoded")
     args = parser.parse_args()
     silence_libraries()
     if args.pretrained_model_name_or_path:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
-        results = [measure(pipeline, args.resolution, args.pipeline_kwargs, args.prompts)]
+        size = {"height": args.resolution, "width": args.resolution}
+        contract = learn_contract(pipeline, **size, pipeline_kwargs=args.pipeline_kwargs)
+        results = [measure(pipeline, contract, args.prompts)]
     else:
-        results = [measure(build(), tiny_pipelines.HEIGHT, kwargs, args.prompts) for build, kwargs in TINY.items()]
+        teachers = map(learned, TEACHERS)
+        results = [measure(teacher.pipeline, teacher.contract, args.prompts) for teacher in teachers]
     print("| Pipeline | Bytes a prompt | On the disk | Encoded a second | Found again a second | Read a second |")
     print("| --- " * 6 + "|")
     for row in results:

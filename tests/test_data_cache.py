@@ -12,21 +12,17 @@ import pytest
 import tiny_pipelines
 import torch
 from safetensors.torch import save_file
+from teacher_cases import TEACHERS, learned
 from tiny_pipelines import HEIGHT, WIDTH
 from training_helpers import ROOT, run_command
 
 from hf_flowdistill.data import cache as cache_module
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.teachers import Conditioning, bytes_per_prompt, encode_batch, encode_prompts, learn_contract
+from hf_flowdistill.teachers import Conditioning, encode_batch, encode_prompts, learn_contract
 
 
 SD3 = {"max_sequence_length": 16}
-CASES = {
-    "sd3": (tiny_pipelines.stable_diffusion_3, SD3),
-    "sana": (tiny_pipelines.sana, {**SD3, "use_resolution_binning": False, "complex_human_instruction": None}),
-    "flux": (tiny_pipelines.flux, SD3),
-}
 TEXTS = [f"{i} cats" for i in range(150)]  # three shards
 KEY = {"encoder": "a", "size": 1}
 
@@ -63,22 +59,27 @@ def assert_same(a, b):
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_rows_are_the_pipelines_own_bit_for_bit(case, tmp_path):
-    build, kwargs = CASES[case]
-    pipeline = build()
-    contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs=kwargs)
-    texts = TEXTS[:70]
+@pytest.mark.parametrize("name", TEACHERS)
+def test_rows_are_the_pipelines_own_bit_for_bit(name, tmp_path):
+    """Of every teacher; texts of three lengths, in two batches."""
+    teacher = learned(name)
+    pipeline, contract = teacher.pipeline, teacher.contract
+    texts = [*TEXTS[:17], "a red cat on two blue dogs"]
 
     def encode(texts):
         return encode_batch(pipeline, contract, texts)
 
     cached = cached_conditioning(tmp_path, encoder_key(pipeline, contract), texts, encode)
     direct, _ = encode_prompts(pipeline, contract, texts)
-    assert len(cached) == 70 and len(shards_in(tmp_path)) == 2
-    for index in (slice(None), 3, [69, 0, 0], torch.tensor([5, 64])):
-        assert_same(cached[index], direct[index])
-    assert direct.nbytes == 70 * bytes_per_prompt(pipeline, contract)
+    assert len(cached) == 18 and len(shards_in(tmp_path)) == 1
+    assert_same(cached[:], direct)
+    for index in (3, [17, 0, 0], torch.tensor([5, 16])):
+        rows, expected = cached[index], direct[index]
+        x_t = torch.randn(len(rows), *contract.latent_shape, generator=torch.Generator().manual_seed(0))
+        sigma = torch.full((len(rows),), 0.7)
+        with torch.no_grad():
+            velocities = [contract.velocity(pipeline.transformer, x_t, sigma, c) for c in (rows, expected)]
+        assert torch.equal(*velocities)
 
 
 def test_every_text_is_encoded_once(tmp_path):
@@ -220,7 +221,8 @@ def test_a_disk_that_is_not_shared(tmp_path, monkeypatch):
 
 def test_the_benchmark_measures(tmp_path):
     measure = runpy.run_path(str(ROOT / "benchmarks" / "conditioning.py"))["measure"]
-    name, size, on_disk, *rates = measure(tiny_pipelines.flux(), HEIGHT, SD3, 20)
+    teacher = learned("flux")
+    name, size, on_disk, *rates = measure(teacher.pipeline, teacher.contract, 20)
     assert name == "FluxPipeline" and size == 4 * (16 * 32 + 16 + 1) and size < on_disk < 2 * size
     assert len(rates) == 3 and min(rates) > 0
 
