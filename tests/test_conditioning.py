@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Cached conditioning is what the pipelines compute themselves."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import tiny_pipelines
@@ -241,6 +243,19 @@ def test_survives_safetensors(teacher, tmp_path):
     for part in encode_prompts(*teacher, PROMPTS):
         save_file(part.tensors, tmp_path / "part.safetensors")
         assert_same(Conditioning(load_file(tmp_path / "part.safetensors")), part, atol=0)
+
+
+def test_a_negative_prompt_that_the_pipeline_does_not_take():
+    case = learned("flux2 klein")
+    with pytest.raises(UserError, match="Flux2KleinPipeline takes no negative prompt"):
+        encode_prompts(case.pipeline, case.contract, ["a cat"], negative_prompt="bad")
+
+
+def test_a_prompt_that_changes_what_was_learned_to_be_constant():
+    case = learned("z image")
+    contract = dataclasses.replace(case.contract, static={**case.contract.static, "return_dict": True})
+    with pytest.raises(UserError, match="argument return_dict is another one for the prompt 'a cat'"):
+        encode_prompts(case.pipeline, contract, ["a cat"])
 
 
 @pytest.mark.parametrize("prompts", [[], "a cat", ["a cat", None]])

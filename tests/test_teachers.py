@@ -161,55 +161,77 @@ class guiders_set:
 
 
 def test_trains_exports_and_reloads(case, tmp_path):
-    contract, pipeline = case.contract, case.pipeline
     networks = train_two_steps(case)
-    arguments = contract.student_arguments(4)
-    size = {"height": case.teacher.size, "width": case.teacher.size}
-    folder = export_student(
-        pipeline,
-        tmp_path / "student",
+    stock, student = exported(case, tmp_path / "student", networks.generator)
+    image, x0 = draw(case, student, "fresh")
+
+    # The stock class alone: its noise comes from the global generator.
+    torch.manual_seed(3)
+    call = {"num_inference_steps": 4, **case.contract.student_arguments(4), **arguments(case)}
+    np.testing.assert_array_equal(stock(prompt=["a cat"], output_type="np", return_dict=False, **call)[0], image)
+
+    # What training calls the generator, decoded: the same image. The one pipeline with a table of times rounds them.
+    tolerance = 1e-4 if case.contract.time_table is None else 2e-2
+    assert image.std() > 1e-3
+    np.testing.assert_allclose(decode(case.pipeline, case.contract, x0, "np"), image, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("noise_type", ["fixed", "ddim"])
+@pytest.mark.parametrize("name", ["z image", "prx", "kandinsky5", "hidream", "ernie image"])
+def test_draws_with_the_other_noise_types(name, noise_type, tmp_path):
+    case = learned(name)
+    _, student = exported(case, tmp_path / "student", case.pipeline.transformer, noise_type)
+    image, x0 = draw(case, student, noise_type)
+    np.testing.assert_allclose(decode(case.pipeline, case.contract, x0, "np"), image, rtol=0, atol=1e-4)
+
+
+def arguments(case):
+    return {**case.teacher.kwargs, "height": case.teacher.size, "width": case.teacher.size}
+
+
+def exported(case, folder, transformer, noise_type="fresh"):
+    """The student's folder loaded by stock diffusers, as it is and with its own sampling."""
+    export_student(
+        case.pipeline,
+        folder,
         num_steps=4,
-        transformer=networks.generator,
-        guidance_off=arguments,
-        pipeline_kwargs={**case.teacher.kwargs, **size},
+        transformer=transformer,
+        noise_type=noise_type,
+        guidance_off=case.contract.student_arguments(4),
+        pipeline_kwargs=arguments(case),
     )
-    given = {name: getattr(pipeline, name) for name in case.teacher.unsaved}
+    given = {name: getattr(case.pipeline, name) for name in case.teacher.unsaved}
     stock = case.teacher.settled(DiffusionPipeline.from_pretrained(folder, **given))
     stock.set_progress_bar_config(disable=True)
-    assert type(stock) is type(pipeline)
-    student = few_step_pipeline(stock, read_settings(folder))
-    latents = []
-    signature = inspect.signature(type(stock.transformer).forward)
-    hook = stock.transformer.register_forward_pre_hook(
+    assert type(stock) is type(case.pipeline)
+    return stock, few_step_pipeline(stock, read_settings(folder))
+
+
+def draw(case, student, noise_type):
+    """The student's image from a seed, and the x0 that training's rollout gives from the same noise."""
+    latents, contract = [], case.contract
+    signature = inspect.signature(type(student.transformer).forward)
+    hook = student.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: latents.append(
             as_batch(signature.bind(None, *args, **kwargs).arguments[contract.latent_argument]).clone()
         ),
         with_kwargs=True,
     )
-    image = student(prompt=["a cat"], generator=torch.Generator().manual_seed(3), output_type="np", return_dict=False)[
-        0
-    ]
+    seeded = torch.Generator().manual_seed(3)
+    image = student(prompt=["a cat"], generator=seeded, output_type="np", return_dict=False)[0]
     hook.remove()
-    assert len(latents) == 4 and image.std() > 1e-3
-
-    # The stock class alone: its noise comes from the global generator.
-    torch.manual_seed(3)
-    call = {"num_inference_steps": 4, **arguments, **case.teacher.kwargs, **size}
-    stock_image = stock(prompt=["a cat"], output_type="np", return_dict=False, **call)[0]
-    np.testing.assert_array_equal(stock_image, image)
-
-    # What training calls the generator, decoded: the same image. The pipeline's first noise is taken as it packs it.
-    generator = torch.Generator().manual_seed(3)
-    noises = [torch.randn(1, *contract.latent_shape, generator=generator) for _ in range(4)]
-    noises[0] = latents[0].reshape(noises[0].shape)
-    conditioning = encode_prompts(pipeline, contract, ["a cat"])[0].with_embedded_guidance(1.0)
+    assert len(latents) == 4
+    seeded = torch.Generator().manual_seed(3)
+    noises = [torch.randn(1, *contract.latent_shape, generator=seeded) for _ in range(4)]
+    noises[0] = latents[0].reshape(noises[0].shape)  # the same numbers, as the pipeline packs them
+    conditioning = encode_prompts(case.pipeline, contract, ["a cat"])[0].with_embedded_guidance(1.0)
     with torch.no_grad():
         x0 = rollout(
-            lambda x_t, sigma: contract.velocity(stock.transformer, x_t, sigma, conditioning), noises.__getitem__
+            lambda x_t, sigma: contract.velocity(student.transformer, x_t, sigma, conditioning),
+            noises.__getitem__,
+            noise_type=noise_type,
         )
-    # A table of times is rounded by the one pipeline that has one, to whole numbers out of 1000.
-    tolerance = 1e-4 if contract.time_table is None else 2e-2
-    np.testing.assert_allclose(decode(pipeline, contract, x0, "np"), image, rtol=0, atol=tolerance)
+    return image, x0
 
 
 def train_two_steps(case):

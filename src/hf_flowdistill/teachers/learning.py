@@ -260,16 +260,16 @@ def _learn_guidance(watcher: _Watcher, contract: Contract, single: dict[str, Any
 def _with_constants_of(watcher: _Watcher, contract: Contract, calls) -> Contract:
     """What was the same for both prompts but is not in a guided call is kept per prompt after all."""
     while (changed := contract.changed_constant(calls)) is not None:
-        if changed not in contract.repeated:
+        slot = contract.repeated.get(changed)
+        value = None if slot is None else as_batch(get(contract.static, changed))
+        if value is None or changed not in contract.static:
             refuse(watcher.name, f"its transformer's argument {changed} is another one under guidance")
-        slot = contract.repeated[changed]
-        dtype = as_batch(get(contract.static, changed)).dtype
         contract = replace(
             contract,
             slots={**contract.slots, changed: slot},
             repeated={path: slot for path, slot in contract.repeated.items() if path != changed},
             static={name: value for name, value in contract.static.items() if name != changed},
-            dtypes={**contract.dtypes, changed: dtype},
+            dtypes={**contract.dtypes, changed: value.dtype},
         )
     return contract
 
