@@ -2,16 +2,21 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Cached conditioning is what the pipelines compute themselves."""
 
+import dataclasses
+
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
 from safetensors.torch import load_file, save_file
+from teacher_cases import learned
 from tiny_pipelines import HEIGHT, WIDTH
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.teachers import Conditioning, encode_prompts, learn_contract
 
 
+BARE = {"complex_human_instruction": None}
 SANA = {"use_resolution_binning": False, "max_sequence_length": 16}
 CASES = {
     "sd3": (tiny_pipelines.stable_diffusion_3, {"max_sequence_length": 16}),
@@ -41,6 +46,29 @@ def test_rows_of_a_batch_are_the_prompts_alone(teacher):
         assert_same(together[row], alone)
     first, second = together.tensors["encoder_hidden_states"][:2]
     assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen image", "z image", "kandinsky5", "bria fibo"])
+def test_no_row_is_padded_where_lengths_differ(name):
+    case = learned(name)
+    prompts = PROMPTS + ["a red ball"]
+    rows, _ = encode_prompts(case.pipeline, case.contract, prompts)
+    assert case.contract.prompts_at_once == (name == "z image")
+    lengths = next(tensor for key, tensor in rows.tensors.items() if key.endswith(".length"))
+    assert len(set(lengths.tolist())) > 1 and lengths[0] == lengths[-1]
+    longest_first = Conditioning.cat([rows[[2, 0]], encode_prompts(case.pipeline, case.contract, ["x"])[0]])
+    sigma = torch.full((3,), 0.5)
+    x_t = torch.randn(3, *case.contract.latent_shape, generator=torch.Generator().manual_seed(0))
+    calls = []
+    hook = case.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        together = case.contract.velocity(case.pipeline.transformer, x_t, sigma, longest_first)
+        hook.remove()
+        for row, prompt in enumerate(["x", "a red ball", "x"]):
+            alone, _ = encode_prompts(case.pipeline, case.contract, [prompt])
+            expected = case.contract.velocity(case.pipeline.transformer, x_t[[row]], sigma[[row]], alone)
+            torch.testing.assert_close(together[[row]], expected, atol=1e-5, rtol=0)
+    assert len(calls) == (1 if name == "z image" else 2)
 
 
 def test_runs_the_text_encoders_only(teacher):
@@ -91,6 +119,112 @@ def test_sana_templates_the_prompt_and_not_the_negative_one():
     assert_same(unconditional, bare_prompt)
 
 
+TRIM = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def test_padded_rows_give_what_unpadded_ones_do():
+    """SANA's transformer has a mask: texts of three lengths side by side, and each alone without any padding."""
+    pipeline = tiny_pipelines.sana()
+    contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs=SANA | BARE)
+    full, unconditional = encode_prompts(pipeline, contract, ["a", "two dogs", "4 cats!"], negative_prompt="bad")
+
+    def trimmed(row):
+        length = int(row.tensors["encoder_attention_mask"].sum())
+        return Conditioning({name: row.tensors[name][:, :length] for name in TRIM})
+
+    alone, negative = [trimmed(full[row]) for row in range(3)], trimmed(unconditional)
+    lengths = [row.tensors[TRIM[0]].shape[1] for row in alone]
+    assert len(set(lengths)) == 3 and negative.tensors[TRIM[0]].shape[1] not in lengths
+    together = Conditioning.cat(alone)
+    assert together.tensors[TRIM[0]].shape[:2] == together.tensors[TRIM[1]].shape == (3, max(lengths))
+
+    generator = torch.Generator().manual_seed(0)
+    x_t, sigma = torch.randn(3, *contract.latent_shape, generator=generator), torch.tensor([0.9, 0.5, 0.1])
+    padded = contract.velocity(pipeline.transformer, x_t, sigma, together)
+    guided = contract.guided_velocity(pipeline.transformer, x_t, sigma, together, negative, 3.0)
+    for row in range(3):
+        one = x_t[[row]], sigma[[row]]
+        expected = contract.velocity(pipeline.transformer, *one, alone[row])
+        torch.testing.assert_close(padded[[row]], expected, atol=1e-5, rtol=0)
+        without = contract.velocity(pipeline.transformer, *one, negative)
+        torch.testing.assert_close(guided[[row]], without + 3 * (expected - without), atol=1e-5, rtol=0)
+    ones = {**together.tensors, TRIM[1]: torch.ones_like(together.tensors[TRIM[1]])}
+    unmasked = contract.velocity(pipeline.transformer, x_t, sigma, Conditioning(ones))
+    assert (unmasked - padded).abs().max() > 1e-3
+
+
+def qwen():
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def lumina2():
+    return diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=16,
+    )
+
+
+TRANSFORMERS = {
+    "qwen": (
+        qwen,
+        "encoder_hidden_states_mask",
+        lambda n: {"hidden_states": torch.ones(n, 4, 16).cumsum(1) / 4, "img_shapes": [[(1, 2, 2)]] * n},
+    ),
+    "lumina2": (
+        lumina2,
+        "encoder_attention_mask",
+        lambda n: {"hidden_states": torch.ones(n, 4, 4, 4).cumsum(2) / 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_padding_where_a_pipeline_pads_to_the_longest_of_a_batch(case):
+    """Transformers of pipelines whose texts are as long as they are; the mask is all that tells the padding."""
+    build, mask, more = TRANSFORMERS[case]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = build().eval()
+        for parameter in transformer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        texts = [torch.randn(1, length, 16) for length in (3, 7, 5)]
+    rows = [
+        Conditioning({"encoder_hidden_states": text, mask: torch.ones(1, text.shape[1], dtype=torch.bool)})
+        for text in texts
+    ]
+
+    @torch.no_grad()
+    def output(row):
+        timestep = torch.full((len(row),), 0.3)
+        return transformer(timestep=timestep, **row.tensors, **more(len(row)), return_dict=False)[0]
+
+    joined = Conditioning.cat(rows)
+    together = output(joined)
+    unmasked = output(Conditioning({**joined.tensors, mask: torch.ones_like(joined.tensors[mask])}))
+    for row, alone in enumerate(rows):
+        torch.testing.assert_close(together[[row]], output(alone), atol=1e-4, rtol=1e-4)
+    assert (unmasked[0] - together[0]).abs().max() > 1e-2
+
+
 def test_no_t5_tokens_at_all():
     pipeline = tiny_pipelines.stable_diffusion_3(with_t5=False)
     contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={"max_sequence_length": 0})
@@ -109,6 +243,19 @@ def test_survives_safetensors(teacher, tmp_path):
     for part in encode_prompts(*teacher, PROMPTS):
         save_file(part.tensors, tmp_path / "part.safetensors")
         assert_same(Conditioning(load_file(tmp_path / "part.safetensors")), part, atol=0)
+
+
+def test_a_negative_prompt_that_the_pipeline_does_not_take():
+    case = learned("flux2 klein")
+    with pytest.raises(UserError, match="Flux2KleinPipeline takes no negative prompt"):
+        encode_prompts(case.pipeline, case.contract, ["a cat"], negative_prompt="bad")
+
+
+def test_a_prompt_that_changes_what_was_learned_to_be_constant():
+    case = learned("z image")
+    contract = dataclasses.replace(case.contract, static={**case.contract.static, "return_dict": True})
+    with pytest.raises(UserError, match="argument return_dict is another one for the prompt 'a cat'"):
+        encode_prompts(case.pipeline, contract, ["a cat"])
 
 
 @pytest.mark.parametrize("prompts", [[], "a cat", ["a cat", None]])
@@ -155,5 +302,9 @@ def test_mistakes():
         Conditioning({"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)})
     with pytest.raises(ValueError, match="cannot join"):
         Conditioning.cat([rows(), rows(guidance=False)])
-    with pytest.raises(ValueError, match="cannot join rows of 'text'"):
-        Conditioning.cat([Conditioning({"text": torch.zeros(1, 2)}), Conditioning({"text": torch.zeros(1, 3)})])
+    for no_mask in ({}, {"mask": torch.ones(1, 2)}, {"mask": torch.ones(1, 5)}, {"mask": 0.5 * torch.ones(1, 3)}):
+        short = {"text": torch.zeros(1, 2), **{name: torch.ones(1, 2) for name in no_mask}}
+        with pytest.raises(
+            ValueError, match="cannot join rows of '(text|mask)' of shapes .*: no mask has their length"
+        ):
+            Conditioning.cat([Conditioning(short), Conditioning({"text": torch.zeros(1, 3), **no_mask})])

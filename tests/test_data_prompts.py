@@ -1,8 +1,12 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
+import csv
+import json
+import sys
+
 import pytest
 
-from hf_flowdistill.data.prompts import PromptStream, read_prompts
+from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError
 
 
@@ -21,6 +25,96 @@ def test_reading(tmp_path):
         read_prompts(path)
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(tmp_path)
+
+
+ROWS = [{"id": 1, "caption": " a café\n"}, {"id": 2, "caption": 'a "red", round\ncircle'}, {"id": 3, "caption": ""}]
+CAPTIONS = ["a café", 'a "red", round\ncircle']
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    return path
+
+
+def write_csv(path, rows=ROWS):
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["id", "caption"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv], ids=["jsonl", "csv"])
+def test_files_with_columns(write, tmp_path):
+    path = write(tmp_path / f"prompts.{write.__name__.removeprefix('write_')}")
+    assert read_prompts(path, "caption") == CAPTIONS
+    with pytest.raises(
+        UserError, match="row 1 of the prompt file .* has no column text: choose --caption_column among id"
+    ):
+        read_prompts(path)
+    write(path, [{"id": 1, "caption": " "}])
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(path, "caption")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"text": "a"}, {"text": ["b"]}])
+    with pytest.raises(UserError, match="has a list for text in row 2: the prompts must be text"):
+        read_prompts(path)
+    for broken in ('{"text": "a"}\n{"text": \n', '{"text": "a"}\n["b"]\n'):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="cannot be read: line 2 is not a JSON object"):
+            read_prompts(path)
+    path.write_text('{"text": "\\ud83d"}')
+    with pytest.raises(UserError, match="cannot be read: .*surrogates not allowed"):
+        read_prompts(path)
+    path = tmp_path / "prompts.txt"
+    path.write_text("a")
+    with pytest.raises(UserError, match="has no columns, it is read line by line: leave out --caption_column"):
+        read_prompts(path, "caption")
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is none of .txt, .jsonl and .csv: give one, or use --dataset_name"):
+        read_prompts(path)
+    path = tmp_path / "prompts.csv"
+    path.write_text("id,text\n1,a\n2\n")  # a short line
+    assert read_prompts(path) == ["a"]
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_dataset_in_a_folder(kind, tmp_path, no_network):
+    """The images of the parquet file are none: they are not to be decoded."""
+    from datasets import Dataset, Image
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if kind == "parquet":
+        rows = [{**row, "image": {"bytes": b"no image", "path": None}} for row in ROWS]
+        Dataset.from_list(rows).cast_column("image", Image()).to_parquet(folder / "train-0.parquet")
+    else:
+        globals()[f"write_{kind}"](folder / f"train.{kind}")
+    assert read_dataset(str(folder), caption_column="caption") == CAPTIONS
+    with pytest.raises(UserError, match="has no column text: choose --caption_column among id, caption"):
+        read_dataset(str(folder))
+
+
+def test_datasets_that_cannot_be_read(tmp_path, no_network, monkeypatch):
+    with pytest.raises(UserError, match=f"the dataset {tmp_path}/nowhere cannot be read: ") as error:
+        read_dataset(f"{tmp_path}/nowhere")
+    assert "\n" not in str(error.value)
+    (tmp_path / "train.csv").write_text("text\n\n")
+    with pytest.raises(UserError, match="holds no prompt in its column text: choose one with --caption_column"):
+        read_dataset(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="needs the datasets library: `pip install datasets`"):
+        read_dataset(str(tmp_path))
 
 
 def test_every_pass_uses_every_line_once():

@@ -28,8 +28,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 
 def test_two_processes_are_one(tmp_path):
     """Three steps of 1 image x 2 micro-batches x 2 processes, and of 2 images x 2 micro-batches."""
-    run_command(*TORCHRUN, *script_arguments(tmp_path / "two", train_batch_size=1, max_train_images=12))
-    run_here(*script_arguments(tmp_path / "one", max_train_images=12))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{number} squares" for number in range(150)) + "\n")
+    common = {"max_train_images": 12, "prompt_file": prompts}
+    run_command(*TORCHRUN, *script_arguments(tmp_path / "two", train_batch_size=1, **common))
+    run_here(*script_arguments(tmp_path / "one", **common))
+    cache_one, cache_two = (sorted((tmp_path / n / "conditioning").glob("[!.]*")) for n in ("one", "two"))
+    assert len(cache_one) == 5  # the index, three shards of prompts (each process wrote its own), one negative prompt
+    assert {p.name: p.read_bytes() for p in cache_one} == {p.name: p.read_bytes() for p in cache_two}
     one, two = networks_in(tmp_path / "one" / "checkpoint-12"), networks_in(tmp_path / "two" / "checkpoint-12")
     teacher = load_pipeline(saved_teacher("stable_diffusion_3")).transformer.state_dict()
     for role in ("generator", "fake_score"):

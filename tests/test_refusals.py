@@ -4,8 +4,9 @@
 
 import pytest
 import tiny_pipelines
+import tiny_teachers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, SanaSprintPipeline, SCMScheduler
 from tiny_pipelines import HEIGHT, WIDTH
 from toy_pipeline import toy
 
@@ -18,11 +19,11 @@ SD3 = {"max_sequence_length": 16}
 
 
 class CurvedTime(FlowMatchEulerDiscreteScheduler):
-    """Timesteps that are not a line in sigma, as where a network is fed the sigmas before shifting."""
+    """Timesteps that are not a line in sigma, and another curve for every number of steps."""
 
     def set_timesteps(self, *args, **kwargs):
         super().set_timesteps(*args, **kwargs)
-        self.timesteps = 1000 * self.sigmas[:-1] ** 2
+        self.timesteps = 1000 * self.sigmas[:-1] ** (2 + 1 / len(self.timesteps))
 
 
 def refusal(pipeline, size=(HEIGHT, WIDTH), **pipeline_kwargs):
@@ -48,7 +49,7 @@ def test_inverted_sigmas():
 def test_curved_time():
     pipeline = tiny_pipelines.stable_diffusion_3()
     pipeline.scheduler = CurvedTime(shift=3.0)
-    assert "timestep is not an affine function of sigma" in refusal(pipeline, **SD3)
+    assert "timestep is not a function of sigma alone" in refusal(pipeline, **SD3)
 
 
 @pytest.mark.parametrize("component", ["transformer", "scheduler"])
@@ -95,11 +96,10 @@ def test_wrong_pipeline_kwargs(name, reason):
     [
         ("scaled input", "no argument of its transformer is the sampler's latent"),
         ("predicts x0", "not plus or minus the output of its transformer"),
-        ("curved time", "clock is not an affine function of sigma"),
         ("two clocks", "['clock', 'second_clock']"),
         ("weak noise", "noise of standard deviation 0.48"),
         ("three calls", "calls its transformer 3 times"),
-        ("deaf", "neither or both of the halves"),
+        ("deaf", "nothing that its transformer is given depends on the prompt"),
     ],
 )
 def test_pipelines_of_another_kind(variant, reason):
@@ -124,20 +124,53 @@ def test_a_pipeline_class_of_ones_own():
         torch.testing.assert_close(guided[rows], expected)
 
 
+def test_a_few_step_model():
+    parts = tiny_pipelines.sana().components
+    sprint = SanaSprintPipeline(**{**parts, "scheduler": SCMScheduler()})
+    assert "SanaSprintPipeline cannot be a teacher: it is itself a student of few steps" in refusal(sprint)
+    distilled = tiny_teachers.flux2_klein()
+    distilled.register_to_config(is_distilled=True)
+    assert "it is itself a student of few steps" in refusal(distilled)
+
+
+def test_a_network_that_predicts_the_image():
+    parts = tiny_teachers.prx().components
+    names = ("transformer", "scheduler", "text_encoder", "tokenizer")
+    pipeline = PRXPixelPipeline(**{name: parts[name] for name in names})
+    assert "does not predict a flow velocity" in refusal(pipeline, use_resolution_binning=False)
+
+
 def test_guidance_that_is_not_plain_is_said():
     contract = learn_contract(toy("rescaled guidance"), height=8, width=8)
     assert contract.as_dict()["guidance"].endswith("combined here without the pipeline's rescaling")
 
 
 WRONG = {
-    "sign": (inference, "find_output_map", lambda result: (-result[0], result[1])),
-    "time scale": (inference, "find_time_map", lambda result: (result[0] * 0.9, result[1])),
-    "time offset": (inference, "find_time_map", lambda result: (result[0], result[1] + 0.1 * result[0])),
-    "halves": (contract_module.Contract, "halves", lambda result: result[::-1]),
+    "sign": (inference, "find_output_map", lambda result: (-result[0], result[1]), "the output at sigma"),
+    "time scale": (
+        inference,
+        "find_time_map",
+        lambda result: (result[0] * 0.9, result[1]),
+        "timestep is not what the pipeline feeds at sigma",
+    ),
+    "time offset": (
+        inference,
+        "find_time_map",
+        lambda result: (result[0], result[1] + 0.1 * result[0]),
+        "timestep is not what the pipeline feeds at sigma",
+    ),
+    "halves": (contract_module.Contract, "halves", lambda result: result[::-1], "not the two halves of guidance"),
     "rows": (
         contract_module.Contract,
         "_conditioning_arguments",
         lambda result: {k: v.flip(0) for k, v in result.items()},
+        "each sample fits alone, but not beside others",
+    ),
+    "values": (
+        contract_module.Contract,
+        "_conditioning_arguments",
+        lambda result: {k: 1.1 * v if k == "encoder_hidden_states" else v for k, v in result.items()},
+        "encoder_hidden_states is not what the pipeline feeds",
     ),
 }
 
@@ -152,7 +185,9 @@ WRONG = {
     ],
 )
 def test_a_wrong_inference_does_not_pass(build, kwargs, wrong, monkeypatch):
-    holder, name, spoil = WRONG[wrong]
+    holder, name, spoil, what = WRONG[wrong]
     original = getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda *args: spoil(original(*args)))
-    assert "replaying it does not give the outputs" in refusal(build(), **kwargs)
+    reason = refusal(build(), **kwargs)
+    assert "replaying it does not give the outputs" in reason
+    assert what in reason

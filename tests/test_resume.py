@@ -74,6 +74,41 @@ main(sys.argv[1:])
 """
 
 
+KILLED_WHILE_ENCODING = """
+import os, signal, sys
+from hf_flowdistill.data import cache
+from score_distillation.train_sid_dit import main
+
+save = cache.save_file
+
+def save_half(tensors, path, metadata):
+    save(tensors, path, metadata)
+    if any(path.parent.glob("shard-*")):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+cache.save_file = save_half
+main(sys.argv[1:])
+"""
+
+
+def conditioning_in(output_dir):
+    return {path.name: path.read_bytes() for path in (output_dir / "conditioning").glob("[!.]*")}
+
+
+def test_killed_while_encoding(uninterrupted, tmp_path):
+    """In the middle of the second shard; the next run encodes that one, and trains as if nothing had been."""
+    arguments = script_arguments(tmp_path / "run", max_train_images=4)
+    killed = run_command("-c", KILLED_WHILE_ENCODING, *arguments, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    whole, half = conditioning_in(uninterrupted), conditioning_in(tmp_path / "run")
+    assert len(whole) == len(half) == 3
+    assert set(half) - set(whole) == {"unfinished-0.tmp"}
+    run_command(SCRIPT, *arguments, "--resume_from_checkpoint=latest")
+    assert conditioning_in(tmp_path / "run") == whole
+    same_bits(uninterrupted / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+
+
 def test_killed_in_the_middle_of_a_checkpoint(uninterrupted, tmp_path):
     output_dir = tmp_path / "run"
     arguments = script_arguments(output_dir, max_train_images=16, checkpoints_total_limit=1)

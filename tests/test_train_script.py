@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The training script on tiny pipelines: what it writes, what it refuses, what does not change its result."""
 
+import json
 import math
 import os
 import re
@@ -30,6 +31,7 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.teachers import encode_prompts
 
 
 @pytest.mark.parametrize("teacher", ["stable_diffusion_3", "sana", "flux"])
@@ -42,7 +44,7 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
     run_here(*arguments, "--checkpoints_total_limit=1", "--gradient_checkpointing")
 
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert written == {"checkpoint-8", "logs", "metrics.jsonl", "run.json", "student", "validation"}
+    assert written == {"checkpoint-8", "conditioning", "logs", "metrics.jsonl", "run.json", "student", "validation"}
     assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
     lines = metrics(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [4, 8]
@@ -125,6 +127,74 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
         run_here(*script_arguments(tmp_path / "always", max_train_images=40))
 
 
+def test_the_cache_changes_nothing(tmp_path, monkeypatch):
+    """Trained from the cache, from what another run left there, and from tensors in memory: bit for bit."""
+    arguments = {"max_train_images": 12, "conditioning_cache_dir": tmp_path / "shared"}
+    run_here(*script_arguments(tmp_path / "first", **arguments))
+    encoded = sorted((tmp_path / "shared").glob("shard-*"))
+    assert len(encoded) == 2  # the prompts, and the negative prompt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sid_dit, "encode_batch", pytest.fail)
+        patch.setattr(train_sid_dit, "encode_unconditional", pytest.fail)
+        run_here(*script_arguments(tmp_path / "second", **arguments))
+    assert sorted((tmp_path / "shared").glob("shard-*")) == encoded
+
+    def in_memory(run):
+        both = encode_prompts(run.pipeline, run.contract, run.prompts.distinct)
+        return both[0], None, both[1]
+
+    monkeypatch.setattr(train_sid_dit, "encode_all", in_memory)
+    run_here(*script_arguments(tmp_path / "memory", max_train_images=12))
+    assert not (tmp_path / "memory" / "conditioning").exists()
+
+    runs = [tmp_path / name for name in ("first", "second", "memory")]
+    first, *others = ([{**line, "images_per_second": 0} for line in metrics(run)] for run in runs)
+    assert len(first) == 3 and others == [first, first]
+    for images in (4, 8, 12):
+        expected, *others = (networks_in(run / f"checkpoint-{images}") for run in runs)
+        assert [largest_difference(expected, other) for other in others] == [0, 0]
+
+
+def test_prompts_of_other_kinds_train_the_same(tmp_path):
+    """A text file, a .jsonl file and a dataset with the same prompts; each may go on where another stopped."""
+    rows = [{"caption": line, "id": 1} for line in prompt_file().read_text().splitlines()]
+    table = write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data").mkdir()
+    shutil.copy(table, tmp_path / "data")
+    common = {"conditioning_cache_dir": tmp_path / "cache", "max_train_images": 4}
+    kinds = {
+        "text": {},
+        "jsonl": {"prompt_file": table, "caption_column": "caption"},
+        "dataset": {"prompt_file": None, "dataset_name": tmp_path / "data", "caption_column": "caption"},
+    }
+    for name, kind in kinds.items():
+        run_here(*script_arguments(tmp_path / name, **common, **kind))
+    text, jsonl, dataset = (networks_in(tmp_path / name / "checkpoint-4") for name in kinds)
+    assert largest_difference(text, jsonl) == largest_difference(text, dataset) == 0
+    resumed = {**common, "max_train_images": 8, "resume_from_checkpoint": "latest"}
+    run_here(*script_arguments(tmp_path / "text", **resumed, **kinds["dataset"]))
+    assert [line["images_seen"] for line in metrics(tmp_path / "text")] == [4, 8]
+
+
+def test_a_spoiled_or_foreign_cache_ends_the_run_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sid_dit, "train", lambda run: None)
+    monkeypatch.setattr(train_sid_dit, "save_student", lambda run: None)
+    cache = {"conditioning_cache_dir": tmp_path / "cache"}
+    run_here(*script_arguments(tmp_path / "first", **cache))
+    monkeypatch.setattr(train_sid_dit.Networks, "from_teacher", pytest.fail)
+    with pytest.raises(
+        UserError, match="cache is from another encoder, which differs in pipeline_kwargs: give anothe"
+    ):
+        run_here(*script_arguments(tmp_path / "longer", **cache, max_sequence_length=8))
+    with pytest.raises(UserError, match="cache is from another encoder, which differs in pipeline, "):
+        run_here(*script_arguments(tmp_path / "other", **cache, teacher="flux"))
+    shard = max((tmp_path / "cache").glob("shard-*"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"the shard {shard} is corrupt"):
+        run_here(*script_arguments(tmp_path / "spoiled", **cache))
+
+
 def write(name, text):
     path = folder() / name
     path.write_text(text)
@@ -167,6 +237,24 @@ REFUSED = {
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
     "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),
+    "a table without captions": (
+        lambda: {"prompt_file": write("table.jsonl", '{"url": "x"}\n')},
+        "row 1 of the prompt file .*table.jsonl has no column text: choose --caption_column among url",
+    ),
+    "no such dataset": (
+        lambda: {"prompt_file": None, "dataset_name": "./nowhere"},
+        "the dataset ./nowhere cannot be read: ",
+    ),
+    "no prompts": (
+        lambda: {"prompt_file": None},
+        "missing or given twice: use either --prompt_file or --dataset_name",
+    ),
+    "prompts twice": (lambda: {"dataset_name": "x"}, "missing or given twice: use either"),
+    "a configuration of nothing": (lambda: {"dataset_config_name": "x"}, "give --dataset_name too, or leave it out"),
+    "a cache that cannot be": (
+        lambda: {"conditioning_cache_dir": prompt_file()},
+        "--conditioning_cache_dir .*prompts.txt cannot be a folder, since .* is a file",
+    ),
     "weighting": (lambda: {"weighting": "2-sigma"}, "unknown weighting '2-sigma': choose one of '1-sigma'"),
     "noise type": (lambda: {"noise_type": "stale"}, "argument --noise_type: invalid choice: 'stale'"),
     "not a number": (lambda: {"alpha": "big"}, "argument --alpha: invalid float value: 'big'"),

@@ -97,12 +97,12 @@ def gemma_text_encoder(tokenizer):
     return Gemma2Model(config)
 
 
-def kl_autoencoder(latent_channels, scaling_factor=1.5, shift_factor=0.06):
-    """Four-times downsampling, so that a 32-pixel image is an 8x8 latent."""
+def kl_autoencoder(latent_channels, scaling_factor=1.5, shift_factor=0.06, blocks=3):
+    """Four-times downsampling with three blocks, so that a 32-pixel image is an 8x8 latent."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=latent_channels,
         norm_num_groups=4,
         use_quant_conv=False,

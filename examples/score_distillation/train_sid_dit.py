@@ -25,7 +25,8 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from hf_flowdistill.data.prompts import PromptStream, read_prompts
+from hf_flowdistill.data.cache import cached_conditioning, encoder_key
+from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
@@ -33,7 +34,7 @@ from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, gen
 from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
-from hf_flowdistill.teachers import Conditioning, decode, encode_prompts, learn_contract
+from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, learn_contract
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object, silence_libraries
@@ -78,7 +79,8 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
     ),
 )
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
-FREE_ON_RESUME = """config output_dir cache_dir prompt_file resume_from_checkpoint max_train_images train_batch_size
+FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset_config_name caption_column
+conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size
 gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
 hub_private_repo resolution dry_run images_per_second""".split()
@@ -96,7 +98,11 @@ def parse_args(input_args=None):
     add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
-    add("--prompt_file", metavar="FILE.txt", help="training prompts, one per line")
+    add("--prompt_file", metavar="FILE", help="training prompts: .txt with one per line, .jsonl or .csv")
+    add("--dataset_name", metavar="NAME", help="training prompts of a dataset instead: a folder or Hub id")
+    add("--dataset_config_name", metavar="NAME", help="configuration of the dataset, if it has several")
+    add("--caption_column", default="text", metavar="NAME", help="of the dataset, or of a .jsonl or .csv file")
+    add("--conditioning_cache_dir", metavar="DIR", help="encoded prompts; conditioning/ in --output_dir by default")
     add("--negative_prompt", default="", metavar="TEXT", help="the unconditional half of guidance; empty by default")
     add("--resolution", type=int, default=1024, metavar="PIXELS", help="height and width of the images")
     add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
@@ -203,9 +209,12 @@ def parse_args(input_args=None):
 
 
 def check_args(args):
-    for name in ("pretrained_model_name_or_path", "prompt_file"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing.")
+    if not args.pretrained_model_name_or_path:
+        raise UserError("--pretrained_model_name_or_path is missing.")
+    if bool(args.prompt_file) == bool(args.dataset_name):
+        raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -215,6 +224,8 @@ def check_args(args):
     if shares and (len(shares) != args.num_steps or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
         raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
     check_output_dir(args.output_dir)
+    if args.conditioning_cache_dir:
+        check_output_dir(args.conditioning_cache_dir, "--conditioning_cache_dir")
     get_weighting(args.weighting)
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
@@ -287,7 +298,7 @@ def main(input_args=None):
         )
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
-    prompts = read_prompts(args.prompt_file)
+    prompts = read_training_prompts(args)
     settings = run_settings(args, prompts, accelerator)
     recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     for earlier in recorded:
@@ -318,13 +329,9 @@ def main(input_args=None):
         checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
-    # ------------------------------------------------------------------------ all text at once; then its encoders rest
+    # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
-    encode = functools.partial(encode_prompts, run.pipeline, run.contract, negative_prompt=args.negative_prompt)
-    run.conditional, run.unconditional = encode(run.prompts.distinct)
-    if args.validation_prompts:  # apart, so that changing them on resume cannot touch the last digit of the others
-        run.conditional = Conditioning.cat([run.conditional, encode(args.validation_prompts)[0]])
-    run.unconditional = run.unconditional.to(accelerator.device)
+    run.conditional, run.validation_conditional, run.unconditional = encode_all(run)
     move_all_but_transformer(run.pipeline, "cpu")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
@@ -354,6 +361,36 @@ def main(input_args=None):
     if accelerator.is_main_process:
         save_student(run)
     accelerator.end_training()
+
+
+def read_training_prompts(args):
+    if args.dataset_name:
+        return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
+    return read_prompts(args.prompt_file, args.caption_column)
+
+
+def encode_all(run):
+    """Conditioning of the training, the validation and the negative prompts, read from a cache on the disk."""
+    args, accelerator = run.args, run.accelerator
+    cached = functools.partial(
+        cached_conditioning,
+        args.conditioning_cache_dir or Path(args.output_dir, "conditioning"),
+        encoder_key(run.pipeline, run.contract),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    encode = functools.partial(encode_batch, run.pipeline, run.contract)
+    conditional = cached(run.prompts.distinct, encode)
+    # apart, so that changing them on resume cannot touch the last digit of the others
+    validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
+    unconditional = cached(
+        [args.negative_prompt],
+        lambda texts: encode_unconditional(run.pipeline, run.contract, *texts),
+        role="negative prompt",
+    )
+    logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
+    return conditional, validation, unconditional[0].to(accelerator.device)
 
 
 def train(run):
@@ -489,7 +526,7 @@ def measure_teacher(run):
 def validate(run):
     """A sheet of the averaged generator's samples, one row per validation prompt, from the same noise every time."""
     args, device, latents = run.args, run.accelerator.device, []
-    columns, first = args.num_validation_images, len(run.prompts.distinct)
+    columns = args.num_validation_images
     for row in range(len(args.validation_prompts)):
         indices = range(row * columns, (row + 1) * columns)
         draw = functools.partial(
@@ -499,7 +536,7 @@ def validate(run):
             x0 = generate_x0(
                 run.ema.model,
                 run.contract,
-                run.conditional[first + row].to(device),
+                run.validation_conditional[row].to(device),
                 lambda i, draw=draw: draw(purpose=f"validation step {i}"),
                 num_steps=args.num_steps,
                 noise_type=args.noise_type,
@@ -515,9 +552,7 @@ def validate(run):
 def save_student(run):
     """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
     args = run.args
-    guidance_off = run.contract.guidance.arguments(on=False)
-    if run.contract.embedded_guidance is not None:
-        guidance_off["guidance_scale"] = 1.0
+    guidance_off = run.contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,

@@ -16,6 +16,7 @@ import hf_flowdistill
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.card import is_hub_id, local_license, write_card
 from hf_flowdistill.hub.student import SETTINGS_FILE, read_settings, render_pipeline, student_scheduler
+from hf_flowdistill.teachers.watch import guiders
 
 
 GUIDANCE_OFF = {"guidance_scale": 1.0}
@@ -86,7 +87,9 @@ def export_student(
         raise TypeError(f"the student's {type(transformer).__name__} is no {type(pipeline.transformer).__name__}.")
     num_train_timesteps = pipeline.scheduler.config.get("num_train_timesteps", 1000)
     student.register_modules(
-        transformer=transformer, scheduler=student_scheduler(num_steps, noise_type, num_train_timesteps)
+        transformer=transformer,
+        scheduler=student_scheduler(num_steps, noise_type, num_train_timesteps),
+        **{name: _switched_off(getattr(pipeline, name)) for name in guiders(pipeline)},
     )
     settings = {
         "exported_by": f"hf_flowdistill {hf_flowdistill.__version__}",
@@ -154,6 +157,10 @@ def _secrets(arguments) -> list:
     """The values of all names that say so, in nested mappings too."""
     found = [value for name, value in arguments.items() if SECRET_NAMES.search(str(name))]
     return sum([_secrets(value) for value in arguments.values() if isinstance(value, dict)], found)
+
+
+def _switched_off(guider):
+    return type(guider).from_config(guider.config, enabled=False)
 
 
 def _cast(transformer, dtype):

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from diffusers import StableDiffusion3Pipeline as StockPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 
 NOISE_TYPE = "fresh"
@@ -40,14 +41,15 @@ def _step_with_first_noise(scheduler):
     noise = None
     index = itertools.count()
 
-    def step(model_output, timestep, sample, **kwargs):
+    def step(model_output, timestep, sample, return_dict=True, **kwargs):
         nonlocal noise
         sample = sample.float()
         noise = sample if noise is None else noise
         i = next(index)
         sigma, next_sigma = scheduler.sigmas[i], scheduler.sigmas[i + 1]
         x0 = sample - sigma * model_output.float()
-        return (((1 - next_sigma) * x0 + next_sigma * noise).to(model_output.dtype),)
+        prev_sample = ((1 - next_sigma) * x0 + next_sigma * noise).to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
     return step
 

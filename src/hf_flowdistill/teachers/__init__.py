@@ -2,11 +2,27 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Teachers: any diffusers flow-matching text-to-image pipeline, through what one watched call says about it."""
 
-from hf_flowdistill.teachers.conditioning import Conditioning, encode_prompts
+from hf_flowdistill.teachers.conditioning import (
+    Conditioning,
+    bytes_per_prompt,
+    encode_batch,
+    encode_prompts,
+    encode_unconditional,
+)
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.decode import decode
 from hf_flowdistill.teachers.learning import learn_contract
 from hf_flowdistill.teachers.watch import check_flow_matching
 
 
-__all__ = ["Conditioning", "Contract", "check_flow_matching", "decode", "encode_prompts", "learn_contract"]
+__all__ = [
+    "Conditioning",
+    "Contract",
+    "bytes_per_prompt",
+    "check_flow_matching",
+    "decode",
+    "encode_batch",
+    "encode_prompts",
+    "encode_unconditional",
+    "learn_contract",
+]

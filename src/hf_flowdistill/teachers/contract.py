@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from hf_flowdistill.flow import guide
-from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, Conditioning
-from hf_flowdistill.teachers.watch import first_output
+from hf_flowdistill.teachers.arguments import Slot, get, pad, put
+from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
+from hf_flowdistill.teachers.inference import same
+from hf_flowdistill.teachers.watch import SCALE, first_output
+from hf_flowdistill.teachers.words import in_words
+from hf_flowdistill.timesteps import few_step_sigmas
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Guidance:
 
     Attributes:
         kind: "doubled" (one call with both halves in its batch), "two calls", or "none".
-        argument: the pipeline's argument that scales it; None if there is none.
-        off: the value of that argument that switches it off.
+        argument: the pipeline's argument that scales it; None if there is none, or if a guider component does it.
+        off: the value of that argument that switches it off, which 1 does here: a pipeline that adds
+            scale (conditional - unconditional) to the conditional half counts from 0.
         conditional_first: the order of the halves, or of the calls.
         plain: the pipeline combines the halves as unconditional + scale (conditional - unconditional). Where it does
             not, `Contract.guided_velocity` still does.
@@ -33,9 +39,14 @@ class Guidance:
     conditional_first: bool = False
     plain: bool = True
 
-    def arguments(self, *, on: bool, scale: float = 2.0) -> dict[str, float]:
-        """Arguments of the pipeline's call that switch guidance on or off."""
-        return {} if self.argument is None else {self.argument: scale if on else self.off}
+    def arguments(self, *, on: bool) -> dict[str, float]:
+        """Arguments of the pipeline's call that switch guidance on, at `watch.SCALE`, or off."""
+        return {} if self.argument is None else {self.argument: SCALE if on else self.off}
+
+    @property
+    def watched_scale(self) -> float:
+        """The scale, counted as here, of guided calls that are watched."""
+        return SCALE + 1 - self.off
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,20 @@ class Contract:
     Attributes:
         latent_shape: of the sampler's latents ("latent layout": what the pipeline's `scheduler.step` is given).
         latent_argument, latent_input_shape: what the transformer is given of them.
+        latent_is_list: the transformer is given a list of samples instead of a batch.
         time_argument, time_scale, time_offset: the transformer is given time = time_scale * sigma + time_offset.
-        output_shape, output_sign, output_is_first_half: velocity = sign * output, or its first half of the channels.
-        conditioning_dims: argument -> its batch dimension, for what depends on the prompt.
-        static: arguments that depend on neither prompt, time nor batch size.
+        time_table: (sigmas, times), both increasing in sigma, where time is no such line; it is read linearly.
+        output_shape, output_sign, output_part: velocity = sign * output, or a part of it: (dimension of the batch,
+            start, length). A list that is returned counts as stacked.
+        output_container: what the output comes in: "tuple", "object" (with the attribute `sample`) or "nothing".
+        slots: path of an argument -> where its samples are, for what depends on the prompt.
+        repeated: the same for arguments that are equal for all prompts; `static` has them for one sample.
+        static: arguments that depend on neither prompt nor time.
+        prompts_at_once: several prompts in one call are encoded as each is alone.
         dtype: of the pipeline's transformer; arguments of that dtype follow the dtype of the transformer in use.
-        dtypes: argument -> dtype in the pipeline's own call.
-        embedded_guidance: (argument, factor) where the transformer is given factor * `guidance_scale`, else None.
+        dtypes: path -> dtype in the pipeline's own call.
+        embedded_guidance: (argument, factor) where the transformer is given factor * a scale, else None.
+        embedded_guidance_argument: the pipeline's argument for that scale.
         replay_error: largest error of the replay against the pipeline's own outputs, relative to the largest output.
     """
 
@@ -68,19 +86,28 @@ class Contract:
     time_offset: float
     output_shape: tuple[int, ...]
     output_sign: int
-    output_is_first_half: bool
+    output_part: tuple[int, int, int] | None
     dtype: torch.dtype
-    conditioning_dims: dict[str, int]
+    slots: dict[str, Slot]
+    repeated: dict[str, Slot]
     dtypes: dict[str, torch.dtype]
     static: dict[str, Any] = field(repr=False)
+    latent_is_list: bool = False
+    output_is_list: bool = False
+    output_container: str = "nothing"
+    time_table: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    prompts_at_once: bool = True
     embedded_guidance: tuple[str, float] | None = None
+    embedded_guidance_argument: str | None = None
     guidance: Guidance = Guidance()
     replay_error: float = float("nan")
 
     def velocity(self, transformer, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The transformer's velocity, noise - x0, at any latent and any sigma. One call of `transformer`.
+        """The transformer's velocity, noise - x0, at any latent and any sigma.
 
-        Gradient flows to x_t, to the conditioning and to the parameters; it is the caller's to disable.
+        One call of `transformer`, or one for each length among prompts whose embeddings differ in length; so that no
+        prompt is padded. Gradient flows to x_t, to the conditioning and to the parameters; it is the caller's to
+        disable.
 
         Args:
             transformer: the teacher's own, a copy of it, or a wrapped one.
@@ -98,13 +125,44 @@ class Contract:
         if tuple(x_t.shape[1:]) != self.latent_shape or sigma.shape != (batch,):
             given = tuple(x_t.shape), tuple(sigma.shape)
             raise ValueError(f"expected x_t [B, *{self.latent_shape}] and sigma [B], not {given[0]} and {given[1]}")
-        dtype = _floating_dtype(transformer)
-        arguments = {name: _moved(value, x_t.device) for name, value in self.static.items()}
-        arguments.update(self._conditioning_arguments(conditioning.expand(batch), x_t.device, dtype))
-        arguments[self.latent_argument] = x_t.reshape(batch, *self.latent_input_shape).to(dtype)
-        # Float32, whatever the dtype of the network: bfloat16 cannot tell 998 from 1000.
-        arguments[self.time_argument] = self.time_scale * sigma.to(x_t.device, torch.float32) + self.time_offset
+        conditioning = conditioning.expand(batch)
+        groups = self._groups(conditioning)
+        if len(groups) == 1:
+            return self._velocity(transformer, x_t, sigma, conditioning)
+        parts = [self._velocity(transformer, x_t[rows], sigma[rows], conditioning[rows]) for rows in groups]
+        order = torch.tensor([row for rows in groups for row in rows]).argsort()
+        return torch.cat(parts)[order.to(x_t.device)]
+
+    def _velocity(self, transformer, x_t, sigma, conditioning):
+        arguments = self.transformer_arguments(x_t, sigma, conditioning, _floating_dtype(transformer))
         return self.velocity_from_output(first_output(transformer(**arguments))).to(x_t.dtype)
+
+    def transformer_arguments(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, dtype) -> dict[str, Any]:
+        """What the transformer is given: `dtype` is its own. Conditioning of one length, as many rows as x_t."""
+        batch, device = len(x_t), x_t.device
+        arguments = {name: _moved(value, device) for name, value in self.static.items()}
+        for path, slot in self.repeated.items():
+            value = get(arguments, path)
+            if isinstance(value, Tensor) and value.dtype == self.dtype:
+                value = value.to(dtype)
+            arguments = put(arguments, path, slot.argument(slot.rows(value) * batch))
+        for path, value in self._conditioning_arguments(conditioning, device, dtype).items():
+            arguments = put(arguments, path, value)
+        latent = x_t.reshape(batch, *self.latent_input_shape).to(dtype)
+        arguments[self.latent_argument] = list(latent) if self.latent_is_list else latent
+        # Float32, whatever the dtype of the network: bfloat16 cannot tell 998 from 1000.
+        arguments[self.time_argument] = self.time(sigma.to(device, torch.float32))
+        return arguments
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """What the transformer is given for noise levels sigma [B], in float32."""
+        if self.time_table is None:
+            return self.time_scale * sigma + self.time_offset
+        sigmas, times = (table.to(sigma.device) for table in self.time_table)
+        right = torch.searchsorted(sigmas, sigma.double()).clamp(1, len(sigmas) - 1)
+        low, high = sigmas[right - 1], sigmas[right]
+        part = (sigma.double() - low) / (high - low)
+        return torch.lerp(times[right - 1], times[right], part).float()
 
     def guided_velocity(
         self,
@@ -127,13 +185,53 @@ class Contract:
         halves = self.velocity(transformer, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
         return guide(*halves.chunk(2), scale)
 
+    @property
+    def guidance_modes(self) -> tuple[str, ...]:
+        """How this teacher can be guided, its default first: "cfg", "embedded", "both"; () if in neither way.
+
+        A network that embeds a scale was distilled from a guided one, and its pipeline leaves classifier-free guidance
+        off; guiding it twice at the same scale overdoes it. So embedded comes first where there is a choice.
+        """
+        cfg, embedded = self.guidance.kind != "none", self.embedded_guidance is not None
+        both = ("embedded", "cfg", "both") if cfg else ("embedded",)
+        return both if embedded else ("cfg",) * cfg
+
     def conditioning_from(self, arguments: dict[str, Any]) -> Conditioning:
         """The conditioning in the arguments of one transformer call of the pipeline."""
-        rows = {name: arguments[name].movedim(dim, 0) for name, dim in self.conditioning_dims.items()}
+        batch, tensors = len(arguments[self.latent_argument]), {}
+        for path, slot in self.slots.items():
+            rows = slot.rows(get(arguments, path))
+            rows = rows * batch if slot.kind == "shared" else rows
+            tensors[path] = pad(rows)
+            if slot.ragged is not None:
+                tensors[path + LENGTH] = torch.tensor([row.shape[slot.ragged] for row in rows])
         if self.embedded_guidance is not None:
             name, factor = self.embedded_guidance
-            rows[EMBEDDED_GUIDANCE] = arguments[name].float() / factor
-        return Conditioning(rows)
+            tensors[EMBEDDED_GUIDANCE] = arguments[name].float() / factor
+        return Conditioning(tensors)
+
+    def rows(self, conditioning: Conditioning, path: str) -> list[Tensor]:
+        """The rows of one argument, each at its own length."""
+        rows, ragged = list(conditioning.tensors[path]), self.slots[path].ragged
+        if ragged is None:
+            return rows
+        lengths = conditioning.tensors[path + LENGTH].tolist()
+        return [row.narrow(ragged, 0, length) for row, length in zip(rows, lengths, strict=True)]
+
+    def changed_constant(self, calls: Sequence[dict[str, Any]]) -> str | None:
+        """The argument of one of the pipeline's transformer calls that is not what it was learned to be, if any."""
+        for call in calls:
+            for path in self.slots.keys() - call.keys():  # those inside other arguments
+                call = put(call, path, get(self.static, path))
+            for path, slot in self.repeated.items():
+                value, learned = get(call, path), get(self.static, path)
+                if not all(same(row, slot.rows(learned)[0]) for row in slot.rows(value)):
+                    return path
+                call = put(call, path, learned)
+            for name, value in self.static.items():
+                if not same(value, call.get(name)):
+                    return name
+        return None
 
     def halves(self, calls: Sequence[dict[str, Any]]) -> tuple[Conditioning, Conditioning]:
         """(conditional, unconditional) in the arguments of the transformer calls of one guided step."""
@@ -144,40 +242,39 @@ class Contract:
             first, second = (self.conditioning_from(call) for call in calls)
         return (first, second) if self.guidance.conditional_first else (second, first)
 
-    def velocity_from_output(self, output: Tensor) -> Tensor:
+    def velocity_from_output(self, output: Tensor | list[Tensor]) -> Tensor:
         """Transformer output [B, *output_shape] -> velocity [B, *latent_shape], in the output's dtype."""
-        if self.output_is_first_half:
-            output = output.chunk(2, dim=1)[0]
+        output = output if isinstance(output, Tensor) else torch.stack(output)
+        if self.output_part is not None:
+            output = output.narrow(*self.output_part)
         return self.output_sign * output.reshape(-1, *self.latent_shape)
 
-    def zero_output(self, arguments: dict[str, Any]) -> Tensor:
+    def student_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a student of `num_steps` steps: no guidance, and the network's times.
+
+        The times only where they are a table of sigma, as the pipeline would make others from its number of steps.
+        """
+        arguments = self.guidance.arguments(on=False)
+        if self.embedded_guidance is not None:
+            arguments[self.embedded_guidance_argument] = 1.0
+        if self.time_table is not None:
+            sigmas = few_step_sigmas(num_steps)
+            arguments["sigmas"] = sigmas.tolist()
+            arguments["timesteps"] = [round(time, 4) for time in self.time(sigmas).tolist()]
+        return arguments
+
+    def zero_output(self, arguments: dict[str, Any]) -> Any:
         """What the transformer would return for these arguments, all zeros: a velocity that moves nothing."""
         latent = arguments[self.latent_argument]
-        return latent.new_zeros(latent.shape[0], *self.output_shape)
+        zeros = latent[0].new_zeros(len(latent), *self.output_shape)
+        zeros = list(zeros) if self.output_is_list else zeros
+        if self.output_container == "object":
+            return Transformer2DModelOutput(sample=zeros)
+        return (zeros,) if self.output_container == "tuple" else zeros
 
     def as_dict(self) -> dict[str, Any]:
         """What was learned, in words and numbers that go into a log or a table."""
-        output = "first half of the channels" if self.output_is_first_half else "output"
-        order = (
-            ("conditional", "unconditional") if self.guidance.conditional_first else ("unconditional", "conditional")
-        )
-        guidance = "none" if self.guidance.kind == "none" else f"{self.guidance.kind}, {order[0]} first"
-        return {
-            "pipeline": self.pipeline_class,
-            "transformer": self.transformer_class,
-            "size": f"{self.height}x{self.width}",
-            "latent": f"{self.latent_argument} {list(self.latent_shape)}",
-            "time": f"{self.time_argument} = {_affine(self.time_scale, self.time_offset)}",
-            "velocity": ("-" if self.output_sign < 0 else "") + output,
-            "conditioning": sorted(self.conditioning_dims),
-            "constant": sorted(name for name, value in self.static.items() if value is not None),
-            "guidance": guidance
-            if self.guidance.plain
-            else f"{guidance}, combined here without the pipeline's rescaling",
-            "guidance_argument": self.guidance.argument,
-            "embedded_guidance": self.embedded_guidance and self.embedded_guidance[0],
-            "replay_error": self.replay_error,
-        }
+        return in_words(self)
 
     def describe(self) -> str:
         """`as_dict`, one line each."""
@@ -186,13 +283,31 @@ class Contract:
             f"{key.replace('_', ' ')}: {'none' if value in (None, '') else value}" for key, value in lines
         )
 
-    def _conditioning_arguments(self, conditioning: Conditioning, device, dtype) -> dict[str, Tensor]:
+    def _groups(self, conditioning: Conditioning) -> list[list[int]]:
+        """Row numbers that can share a call of the transformer."""
+        keys: list[tuple] = [()] * len(conditioning)
+        for path, slot in self.slots.items():
+            if slot.kind == "shared":
+                values = [tuple(row.flatten().tolist()) for row in self.rows(conditioning, path)]
+            elif slot.kind == "tensor" and slot.ragged is not None:
+                values = conditioning.tensors[path + LENGTH].tolist()
+            else:
+                continue
+            keys = [(*key, value) for key, value in zip(keys, values, strict=True)]
+        groups: dict[tuple, list[int]] = {}
+        for row, key in enumerate(keys):
+            groups.setdefault(key, []).append(row)
+        return list(groups.values())
+
+    def _conditioning_arguments(self, conditioning: Conditioning, device, dtype) -> dict[str, Any]:
+        """Path of an argument -> its value; the embedded guidance too."""
         arguments = {}
-        for name, dim in self.conditioning_dims.items():
-            value = conditioning.tensors[name].to(device)
-            if value.is_floating_point():
-                value = value.to(dtype if self.dtypes[name] == self.dtype else self.dtypes[name])
-            arguments[name] = value.movedim(0, dim)
+        for path, slot in self.slots.items():
+            value = slot.argument(self.rows(conditioning.to(device), path))
+            if self.dtypes[path].is_floating_point:
+                wanted = dtype if self.dtypes[path] == self.dtype else self.dtypes[path]
+                value = [row.to(wanted) for row in value] if slot.kind == "list" else value.to(wanted)
+            arguments[path] = value
         if self.embedded_guidance is not None:
             name, factor = self.embedded_guidance
             arguments[name] = factor * conditioning.tensors[EMBEDDED_GUIDANCE].to(device, torch.float32)
@@ -208,14 +323,3 @@ def _moved(value, device):
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _affine(scale: float, offset: float) -> str:
-    slope = {1.0: "sigma", -1.0: "-sigma"}.get(scale, f"{scale:g} * sigma")
-    if offset == 0:
-        return slope
-    return (
-        f"{offset:g} - {slope[1:]}"
-        if slope.startswith("-")
-        else f"{slope} {'+' if offset > 0 else '-'} {abs(offset):g}"
-    )

@@ -2,8 +2,11 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Latents to images through the pipeline's own code."""
 
+import functools
+
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
 from hf_flowdistill.teachers.watch import call_arguments, plain_scheduler, undisturbed, watch
@@ -12,7 +15,7 @@ from hf_flowdistill.teachers.watch import call_arguments, plain_scheduler, undis
 def decode(pipeline, contract, latents: Tensor, output_type: str = "pil", *, batch_size: int = 8):
     """The images of x0 latents [n, *contract.latent_shape]: bit for bit those that the pipeline would show.
 
-    One sampler step with the transformer replaced by a zero velocity, which leaves the latents as they are; so
+    One sampler step that ends at these latents, whatever it starts from, with the transformer switched off; so
     unpacking, scaling, the VAE and the post-processing are the pipeline's, and so is the encoding of an empty prompt,
     for which the text encoders must be there. No gradient. The pipeline is left as it was.
 
@@ -34,13 +37,28 @@ def decode(pipeline, contract, latents: Tensor, output_type: str = "pil", *, bat
                 width=contract.width,
                 pipeline_kwargs=contract.pipeline_kwargs,
                 num_inference_steps=1,
-                latents=part.detach(),
                 output_type=output_type,
                 **contract.guidance.arguments(on=False),
             )
-            batches.append(
-                watch(pipeline, arguments, scheduler=plain_scheduler(pipeline), stub=contract.zero_output)[1]
-            )
+            scheduler = _scheduler_that_returns(part.detach(), plain_scheduler(pipeline))
+            batches.append(watch(pipeline, arguments, scheduler=scheduler, stub=contract.zero_output)[1])
     if output_type == "pt":
         return torch.cat(batches)
     return np.concatenate(batches) if output_type == "np" else [image for batch in batches for image in batch]
+
+
+def _scheduler_that_returns(latents: Tensor, scheduler):
+    """`scheduler` with a step that ends at `latents`. Handing them to the pipeline's call instead would not do: some
+    pipelines take them there in another layout than their sampler's."""
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def step_to_latents(model_output, timestep, sample, **kwargs):
+        step(model_output, timestep, sample, **kwargs)
+        end = latents.to(sample.device, sample.dtype)
+        if kwargs.get("return_dict", True):
+            return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=end)
+        return (end,)
+
+    scheduler.step = step_to_latents
+    return scheduler

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
 
 
+SCALE = 2.0  # of the classifier-free guidance in every guided call that is watched
 SET_BY_US = frozenset(
     "prompt negative_prompt height width num_inference_steps latents generator output_type return_dict".split()
 )
@@ -28,10 +29,11 @@ SET_BY_US = frozenset(
 
 @dataclass
 class TransformerCall:
-    """Arguments by parameter name (tensors copied), and the first thing returned."""
+    """Arguments by parameter name (tensors copied), the first thing returned, and what it was returned in."""
 
     arguments: dict[str, Any]
     output: Any
+    container: str = "nothing"
 
 
 @dataclass
@@ -56,6 +58,11 @@ def check_flow_matching(pipeline) -> None:
         predicts = "flow_prediction"
     else:
         predicts = config.get("prediction_type", "something unknown")
+    if predicts == "trigflow" or getattr(pipeline, "config", {}).get("is_distilled", False):
+        raise UserError(
+            f"{name} cannot be a teacher: it is itself a student of few steps; choose the many-step model it was made "
+            "from."
+        )
     if predicts != "flow_prediction":
         raise UserError(
             f"{name} is not a flow-matching pipeline: its scheduler, {kind}, takes a network that predicts "
@@ -100,14 +107,18 @@ def call_parameters(pipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
-def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Tensor] | None = None):
+def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] | None = None, guided: bool = False):
     """Call the pipeline with `arguments` and return (list of `Step`, what the pipeline returned first).
 
     `scheduler` stands in for the pipeline's own (and is used up: pass a fresh one). With `stub`, the transformer does
-    not run: `stub(arguments by name)` gives its output, so the call costs text encoding and decoding only.
-    Use inside `undisturbed`.
+    not run: `stub(arguments by name)` gives what it returns, so the call costs text encoding and decoding only.
+    `guided` matters where the pipeline keeps its guidance in a component (a diffusers guider) instead of an argument
+    of its call: plain classifier-free guidance at `SCALE` stands in for it, or none. Use inside `undisturbed`.
     """
-    transformer, replaced_scheduler = pipeline.transformer, pipeline.scheduler
+    transformer = pipeline.transformer
+    stand_ins = {name: ClassifierFreeGuidance(SCALE, enabled=guided) for name in guiders(pipeline)}
+    stand_ins["scheduler"] = scheduler
+    replaced = {name: getattr(pipeline, name) for name in stand_ins}
     forward, step = transformer.forward, scheduler.step
     forward_signature, step_signature = inspect.signature(forward), inspect.signature(step)
     steps, calls = [], []
@@ -115,13 +126,10 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Tensor
     def watched_forward(*args, **kwargs):
         named = _by_name(forward_signature, args, kwargs)
         call = TransformerCall({name: _copied(value) for name, value in named.items()}, None)
-        if stub is None:
-            output = forward(*args, **kwargs)
-        elif named.get("return_dict", True):
-            output = Transformer2DModelOutput(sample=stub(named))
-        else:
-            output = (stub(named),)
+        output = forward(*args, **kwargs) if stub is None else stub(named)
         call.output = _copied(first_output(output))
+        if not isinstance(output, (Tensor, list)):
+            call.container = "tuple" if isinstance(output, tuple) else "object"
         calls.append(call)
         return output
 
@@ -135,13 +143,18 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Tensor
         return result
 
     scheduler.step = watched_step
-    pipeline.__dict__["scheduler"] = scheduler
+    pipeline.__dict__.update(stand_ins)
     transformer.forward = watched_forward
     try:
         return steps, pipeline(**arguments)[0]
     finally:
         transformer.forward = forward
-        pipeline.__dict__["scheduler"] = replaced_scheduler
+        pipeline.__dict__.update(replaced)
+
+
+def guiders(pipeline) -> list[str]:
+    """Names of the components that combine the halves of guidance."""
+    return [name for name, component in pipeline.components.items() if isinstance(component, BaseGuidance)]
 
 
 def own_scheduler(pipeline):

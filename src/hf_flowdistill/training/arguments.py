@@ -70,14 +70,14 @@ def json_object(text: str) -> dict:
     return value
 
 
-def check_output_dir(output_dir) -> None:
+def check_output_dir(output_dir, argument: str = "--output_dir") -> None:
     """Raise `UserError` unless `output_dir` is a folder that can be written to, or can be made."""
     path = Path(output_dir).absolute()
     existing = next(place for place in (path, *path.parents) if os.path.exists(place))
     if not existing.is_dir():
-        raise UserError(f"--output_dir {output_dir} cannot be a folder, since {existing} is a file: choose another.")
+        raise UserError(f"{argument} {output_dir} cannot be a folder, since {existing} is a file: choose another.")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {output_dir} cannot be written to: choose a folder that can.")
+        raise UserError(f"{argument} {output_dir} cannot be written to: choose a folder that can.")
 
 
 def _words(flag: str, value) -> list[str]:

@@ -47,7 +47,7 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
         torch.save(optimizer.state_dict(), unfinished / f"{name}_optimizer.pt")
     (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     for path in [*unfinished.iterdir(), unfinished]:
-        _flush(path)
+        flush(path)
     if target.exists():  # an earlier branch of this run got as far; its checkpoint makes way
         replaced = target.with_name(target.name + ".old.tmp")
         os.replace(target, replaced)
@@ -55,7 +55,7 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
         shutil.rmtree(replaced)
     else:
         os.replace(unfinished, target)
-    _flush(target.parent)
+    flush(target.parent)
     if total_limit is not None:
         for old in checkpoints(output_dir)[:-total_limit]:
             doomed = old.with_name(old.name + ".tmp")  # half deleted, it must not pass for a checkpoint
@@ -115,7 +115,7 @@ def write_run(output_dir, settings: dict) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n")
-        _flush(path)
+        flush(path)
 
 
 def read_run(output_dir, *, resume: bool) -> list[dict]:
@@ -177,7 +177,7 @@ def check_same_run(recorded: dict, current: dict) -> None:
         )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
