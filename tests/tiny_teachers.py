@@ -2,8 +2,10 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """More tiny pipelines of the real diffusers classes: the teachers that tiny_pipelines.py does not have.
 
-Every tokenizer, text encoder and VAE is of the class that the published pipeline has, so that templates, masks,
-padding and negative prompts run as they do there.
+Text encoders and VAEs are of the classes that the published pipelines have, so that templates, masks, padding and
+negative prompts run as they do there. Tokenizers are real ones too, but one of two kinds stands in for several: Qwen's
+byte-level BPE also for Llama's and Mistral's (FLUX.2 has a processor around its own), Unigram for T5's, Gemma's and
+GLM's.
 """
 
 from types import SimpleNamespace
