@@ -211,24 +211,16 @@ def parse_args(input_args=None):
 def check_args(args):
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
-    if bool(args.prompt_file) == bool(args.dataset_name):
-        raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
-    if args.dataset_config_name and not args.dataset_name:
-        raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
+    check_combinations(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise UserError(f"--{name} is {value}: it must be {allowed}.")
-    shares = args.step_shares
-    if shares and (len(shares) != args.num_steps or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
-        raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
     check_output_dir(args.output_dir)
     if args.conditioning_cache_dir:
         check_output_dir(args.conditioning_cache_dir, "--conditioning_cache_dir")
     get_weighting(args.weighting)
-    if args.images_per_second is not None and args.dry_run is None:
-        raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
     if args.report_to not in ("none", "tensorboard") and args.hub_token:
@@ -238,6 +230,19 @@ def check_args(args):
         raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
     if args.push_to_hub:
         args.hub_model_id = check_push(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
+
+
+def check_combinations(args):
+    """Refuse arguments that are sane by themselves but not together."""
+    if bool(args.prompt_file) == bool(args.dataset_name):
+        raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
+    if args.images_per_second is not None and args.dry_run is None:
+        raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
+    shares = args.step_shares
+    if shares and (len(shares) != args.num_steps or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
 
 
 def run_settings(args, prompts, accelerator):
