@@ -285,6 +285,28 @@ def test_embedded_guidance_can_be_replaced():
     assert (kept - velocity).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mode, embedded", [("cfg", 1.0), ("embedded", 3.0), ("both", 3.0), (None, 3.5)])
+def test_modes_of_guidance(mode, embedded):
+    """One pass or two, and the scale that the network is given, by mode; without guidance it is the student's, 1."""
+    case = build("flux")
+    halves = encode_prompts(case.pipeline, case.contract, PROMPTS)
+    x_t = torch.randn(3, *case.contract.latent_shape, generator=torch.Generator().manual_seed(4))
+    sigma = torch.tensor([0.2, 0.5, 0.9])
+    assert case.contract.guidance_modes == ("embedded", "cfg", "both")
+    with torch.no_grad():
+        alone = {
+            scale: [
+                case.contract.velocity(case.transformer, x_t, sigma, h.with_embedded_guidance(scale)) for h in halves
+            ]
+            for scale in (1.0, embedded)
+        }
+        wanted = alone[embedded][0] if mode == "embedded" else guide(*alone[embedded][::-1], 3.0)
+        found = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 3.0, mode)
+        off = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 1.0, mode)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(off, alone[embedded if mode is None else 1.0][0], atol=1e-5, rtol=0)
+
+
 def test_half_precision_pipeline():
     pipeline = tiny_pipelines.flux(dtype=torch.bfloat16)
     contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={"max_sequence_length": 16})

@@ -196,17 +196,26 @@ def test_guidance_that_is_off_costs_nothing():
     assert {size for _, size, _ in passes} == {BATCH}
 
 
-def test_the_student_is_unguided_where_guidance_is_embedded():
+def test_every_network_is_guided_in_its_own_mode():
+    """What FLUX is given in the two turns: the embedded scale, and how many samples (two halves or one)."""
     pipeline = tiny_pipelines.flux()
     contract = learn_contract(pipeline, height=tiny_pipelines.HEIGHT, width=tiny_pipelines.WIDTH)
     conditional, unconditional = encode_prompts(pipeline, contract, ["red circle", "blue square", "green"])
     networks = Networks.from_teacher(pipeline.transformer)
-    embedded = {role: [] for role in ("teacher", "generator", "fake_score")}
-    for role, seen in embedded.items():
+    calls = {role: [] for role in ("teacher", "generator", "fake_score")}
+    for role, seen in calls.items():
         getattr(networks, role).register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(kwargs["guidance"].unique().tolist()), with_kwargs=True
+            lambda module, args, kwargs, seen=seen: seen.append(
+                (*kwargs["guidance"].unique().tolist(), len(kwargs["hidden_states"]))
+            ),
+            with_kwargs=True,
         )
     noise = torch.randn(BATCH, *contract.latent_shape, generator=torch.Generator().manual_seed(0))
     one = SiDBatch(conditional, unconditional, 2, lambda i: noise, torch.full((BATCH,), 0.5), noise)
-    generator_turn(networks, contract, one, SiDConfig())
-    assert embedded == {"teacher": [[3.5]], "generator": [[1.0]] * 2, "fake_score": [[3.5]]}
+    scales = {"teacher_guidance_scale": 2.0, "fake_guidance_scale": 3.0, "fake_train_guidance_scale": 1.5}
+    config = SiDConfig(**scales, guidance_mode="both", fake_guidance_mode="embedded")
+    generator_turn(networks, contract, one, config)
+    student = [(1.0, BATCH)] * 2
+    assert calls == {"teacher": [(2.0, 2 * BATCH)], "generator": student, "fake_score": [(3.0, BATCH)]}
+    fake_score_turn(networks, contract, one, config)
+    assert calls["fake_score"][1:] == [(1.5, BATCH)] and len(calls["teacher"]) == 1

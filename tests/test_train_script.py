@@ -233,6 +233,10 @@ REFUSED = {
     "a negative size": (lambda: {"height": -32}, "--height is -32: it must be at least 1"),
     "a negative norm": (lambda: {"max_grad_norm": -1}, "--max_grad_norm is -1.0: it must be a number above 0"),
     "a decay of 1.5": (lambda: {"adam_beta2": 1.5}, "--adam_beta2 is 1.5: it must be at least 0 and below 1"),
+    "not its guidance": (
+        lambda: {"fake_guidance_mode": "both"},
+        "StableDiffusion3Pipeline cannot be guided by both: the mode must be cfg",
+    ),
     "half a training": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers from 0 to 1"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),

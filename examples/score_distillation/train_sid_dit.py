@@ -53,6 +53,7 @@ from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 logger = get_logger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 5
+GUIDANCE_MODES = ("cfg", "embedded", "both")
 PROGRESS = (
     "gap {x0_gap:.4f}, latent {x0_mean:+.3f}/{x0_std:.3f} "
     "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), lag {fake_score_lag:.2f}, "
@@ -129,6 +130,13 @@ def parse_args(input_args=None):
     add("--teacher_guidance_scale", type=float, default=4.5, metavar="X", help="guidance of the teacher; 1 = off")
     add("--fake_guidance_scale", type=float, metavar="X", help="fake score, in the generator loss; as the teacher's")
     add("--fake_train_guidance_scale", type=float, metavar="X", help="fake score, in its own loss; as the teacher's")
+    add(
+        "--guidance_mode",
+        choices=GUIDANCE_MODES,
+        help="how the teacher is guided: in two passes, by a scale that it embeds, or both; by default embedded, "
+        "where it can be",
+    )
+    add("--fake_guidance_mode", choices=GUIDANCE_MODES, help="how the fake score is guided; as the teacher")
     add(
         "--sigma_mean",
         type=float,
@@ -327,6 +335,7 @@ def main(input_args=None):
     run.contract = learn_contract(
         run.pipeline, height=args.height, width=args.width, pipeline_kwargs=args.pipeline_kwargs
     )
+    args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -507,6 +516,18 @@ def is_due(run, interval):
     return bool(passed or (interval and seen >= run.args.max_train_images))
 
 
+def choose_guidance(args, contract):
+    """The modes of guidance of teacher and fake score, given or this kind of teacher's default."""
+    modes = contract.guidance_modes or ("cfg",)
+    chosen = args.guidance_mode or modes[0]
+    for mode in (chosen, args.fake_guidance_mode or chosen):
+        if mode not in modes:
+            raise UserError(
+                f"{contract.pipeline_class} cannot be guided by {mode}: the mode must be {' or '.join(modes)}."
+            )
+    return chosen, args.fake_guidance_mode or chosen
+
+
 def measure_teacher(run):
     """The teacher's own latents for 16 prompts, and its own loss on them, beside which the generator's are shown."""
     args, device = run.args, run.accelerator.device
@@ -516,8 +537,8 @@ def measure_teacher(run):
     levels = [draw((), purpose=f"reference sigma {i}") for i in range(8)]
     with run.accelerator.autocast():
         return monitors.measure_teacher(
-            functools.partial(velocity, scale=args.teacher_guidance_scale),
-            functools.partial(velocity, scale=args.fake_train_guidance_scale),
+            functools.partial(velocity, scale=args.teacher_guidance_scale, mode=args.guidance_mode),
+            functools.partial(velocity, scale=args.fake_train_guidance_scale, mode=args.fake_guidance_mode),
             draw(run.contract.latent_shape, purpose="reference"),
             [sigma_from_normal(level, args.sigma_mean, args.sigma_std) for level in levels],
             [draw(run.contract.latent_shape, purpose=f"reference noise {i}") for i in range(len(levels))],

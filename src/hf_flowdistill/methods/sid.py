@@ -28,6 +28,8 @@ class SiDConfig:
         teacher_guidance_scale: guidance of the teacher in the generator loss; 1 = off.
         fake_guidance_scale: guidance of the fake score in the generator loss; 1 = off.
         fake_train_guidance_scale: guidance inside the fake score's own regression; 1 = off.
+        guidance_mode: of the teacher, "cfg", "embedded" or "both"; see `Contract.guided_velocity`.
+        fake_guidance_mode: the same of the fake score, in both places.
     """
 
     num_steps: int = 4
@@ -38,6 +40,8 @@ class SiDConfig:
     teacher_guidance_scale: float = 4.5
     fake_guidance_scale: float = 4.5
     fake_train_guidance_scale: float = 4.5
+    guidance_mode: str = "cfg"
+    fake_guidance_mode: str = "cfg"
 
 
 @dataclass
@@ -93,7 +97,13 @@ def fake_score_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCo
         x0 = _generate(networks, contract, batch, config)
         x_t = flow.add_noise(x0, batch.noise, batch.sigma)
     velocity_fake = contract.guided_velocity(
-        networks.fake_score, x_t, batch.sigma, batch.conditional, batch.unconditional, config.fake_train_guidance_scale
+        networks.fake_score,
+        x_t,
+        batch.sigma,
+        batch.conditional,
+        batch.unconditional,
+        config.fake_train_guidance_scale,
+        config.fake_guidance_mode,
     )
     return fake_score_loss(velocity_fake, x0, batch.noise)
 
@@ -107,14 +117,15 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     x0 = _generate(networks, contract, batch, config)
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
 
-    def predict_x0(network, scale):
-        velocity = contract.guided_velocity(network, x_t, batch.sigma, batch.conditional, batch.unconditional, scale)
+    def predict_x0(network, scale, mode):
+        words = batch.conditional, batch.unconditional
+        velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, scale, mode)
         return flow.x0_from_velocity(x_t, velocity, batch.sigma)
 
     return sid_generator_loss(
         x0,
-        predict_x0(networks.teacher, config.teacher_guidance_scale),
-        predict_x0(networks.fake_score, config.fake_guidance_scale),
+        predict_x0(networks.teacher, config.teacher_guidance_scale, config.guidance_mode),
+        predict_x0(networks.fake_score, config.fake_guidance_scale, config.fake_guidance_mode),
         batch.sigma,
         alpha=config.alpha,
         weighting=config.weighting,

@@ -172,13 +172,23 @@ class Contract:
         conditional: Conditioning,
         unconditional: Conditioning,
         scale: float,
+        mode: str | None = None,
     ) -> Tensor:
-        """Velocity under classifier-free guidance, SiD-DiT Eq. 15, in one call of twice the batch.
+        """Velocity under guidance.
 
-        `scale` 1 is one call without the unconditional half. Gradient flows through both halves. Arguments, returned
-        tensor and errors as in `velocity`.
+        Args:
+            scale: 1 is no guidance, in one call without the unconditional half.
+            mode: one of `guidance_modes`. "cfg" is classifier-free guidance, SiD-DiT Eq. 15, in one call of twice the
+                batch, with an embedded scale at 1; "embedded" embeds `scale` in one call; "both" does both. None is
+                classifier-free guidance with whatever scale the conditioning embeds.
+
+        Gradient flows through both halves. Other arguments, returned tensor and errors as in `velocity`.
         """
-        if scale == 1:
+        if mode is not None:
+            embedded = 1.0 if mode == "cfg" else scale
+            conditional = conditional.with_embedded_guidance(embedded)
+            unconditional = unconditional.with_embedded_guidance(embedded)
+        if scale == 1 or mode == "embedded":
             return self.velocity(transformer, x_t, sigma, conditional)
         batch = x_t.shape[0]
         both = Conditioning.cat([unconditional.to(x_t.device).expand(batch), conditional.to(x_t.device).expand(batch)])
