@@ -4,9 +4,9 @@
 
 import dataclasses
 
-import diffusers
 import pytest
 import tiny_pipelines
+import tiny_teachers
 import torch
 from safetensors.torch import load_file, save_file
 from teacher_cases import learned
@@ -153,44 +153,14 @@ def test_padded_rows_give_what_unpadded_ones_do():
     assert (unmasked - padded).abs().max() > 1e-3
 
 
-def qwen():
-    return diffusers.QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
-def lumina2():
-    return diffusers.Lumina2Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 6, 6),
-        axes_lens=(32, 16, 16),
-        cap_feat_dim=16,
-    )
-
-
 TRANSFORMERS = {
     "qwen": (
-        qwen,
+        tiny_teachers.qwen_image,
         "encoder_hidden_states_mask",
         lambda n: {"hidden_states": torch.ones(n, 4, 16).cumsum(1) / 4, "img_shapes": [[(1, 2, 2)]] * n},
     ),
     "lumina2": (
-        lumina2,
+        tiny_teachers.lumina2,
         "encoder_attention_mask",
         lambda n: {"hidden_states": torch.ones(n, 4, 4, 4).cumsum(2) / 4},
     ),
@@ -203,7 +173,7 @@ def test_padding_where_a_pipeline_pads_to_the_longest_of_a_batch(case):
     build, mask, more = TRANSFORMERS[case]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer = build().eval()
+        transformer = build().transformer.eval()
         for parameter in transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         texts = [torch.randn(1, length, 16) for length in (3, 7, 5)]
