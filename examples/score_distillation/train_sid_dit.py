@@ -519,13 +519,14 @@ def is_due(run, interval):
 def choose_guidance(args, contract):
     """The modes of guidance of teacher and fake score, given or this kind of teacher's default."""
     modes = contract.guidance_modes or ("cfg",)
-    chosen = args.guidance_mode or modes[0]
-    for mode in (chosen, args.fake_guidance_mode or chosen):
+    teacher = args.guidance_mode or modes[0]
+    fake = args.fake_guidance_mode or teacher
+    for mode in (teacher, fake):
         if mode not in modes:
             raise UserError(
                 f"{contract.pipeline_class} cannot be guided by {mode}: the mode must be {' or '.join(modes)}."
             )
-    return chosen, args.fake_guidance_mode or chosen
+    return teacher, fake
 
 
 def measure_teacher(run):

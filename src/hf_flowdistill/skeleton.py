@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks import read_index
-from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, plain_scheduler
+from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, check_size, plain_scheduler
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,7 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         arguments = call_arguments(skeleton, prompts, **settings, num_inference_steps=1, output_type="np")
         calls.clear()
         try:
-            images = skeleton(**arguments)[0]
-            if images.shape[1:3] != (height, width):
-                made = f"height {images.shape[1]}, width {images.shape[2]}"
-                raise UserError(f"{name} makes {made} when asked for height {height}, width {width}: ask for {made}.")
+            check_size(name, skeleton(**arguments)[0], height, width)
         except UserError:
             raise
         except NotImplementedError:

@@ -23,6 +23,7 @@ from hf_flowdistill.teachers.watch import (
     call_arguments,
     call_parameters,
     check_flow_matching,
+    check_size,
     guiders,
     own_scheduler,
     plain_scheduler,
@@ -203,7 +204,6 @@ def _watch_unguided(watcher: _Watcher) -> tuple[Guidance, list[Step]]:
     """Three steps for the first prompt without guidance, and the argument and value that switched guidance off."""
     argument = next((key for key in ("true_cfg_scale", "guidance_scale") if key in watcher.parameters), None)
     argument = None if guiders(watcher.pipeline) else argument
-    size = watcher.settings["height"], watcher.settings["width"]
     for off in (1.0, 0.0) if argument else (1.0,):
         guidance = Guidance(argument=argument, off=off)
         try:
@@ -213,11 +213,8 @@ def _watch_unguided(watcher: _Watcher) -> tuple[Guidance, list[Step]]:
         except (TypeError, ValueError, RuntimeError) as error:
             settings = ", ".join(f"{key} {value}" for key, value in watcher.settings.items() if value)
             raise UserError(f"{watcher.name} fails when called with {settings}: {first_line(error)}") from error
-        if isinstance(images, np.ndarray) and images.shape[1:3] != size:
-            made = f"height {images.shape[1]}, width {images.shape[2]}"
-            raise UserError(
-                f"{watcher.name} makes {made} when asked for height {size[0]}, width {size[1]}: ask for {made}."
-            )
+        if isinstance(images, np.ndarray):
+            check_size(watcher.name, images, watcher.settings["height"], watcher.settings["width"])
         if all(len(step.calls) == 1 for step in steps) and inference.find_latent(steps) is not None:
             return guidance, steps
     if len(steps[0].calls) != 1:

@@ -107,6 +107,13 @@ def call_parameters(pipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
+def check_size(name: str, images, height: int, width: int) -> None:
+    """Raise `UserError` if the pipeline called `name` made `images`, [n, height, width, 3], of another size."""
+    if images.shape[1:3] != (height, width):
+        made = f"height {images.shape[1]}, width {images.shape[2]}"
+        raise UserError(f"{name} makes {made} when asked for height {height}, width {width}: ask for {made}.")
+
+
 def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] | None = None, guided: bool = False):
     """Call the pipeline with `arguments` and return (list of `Step`, what the pipeline returned first).
 

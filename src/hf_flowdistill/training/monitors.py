@@ -14,13 +14,13 @@ from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 
-OUTRUN = "the generator may be outrunning the fake score; try a lower --learning_rate"
-NORMAL = {  # monitor, averaged: (lowest, highest, what it may mean)
-    "latent_shift": (-0.5, 0.5, OUTRUN),
-    "latent_spread": (0.5, 1.4, OUTRUN),
-    "latent_peak": (0.5, 1.4, OUTRUN),
-    "fake_score_lag": (0.0, 1.75, OUTRUN),
+NORMAL = {  # monitor, averaged: (lowest, highest)
+    "latent_shift": (-0.5, 0.5),
+    "latent_spread": (0.5, 1.4),
+    "latent_peak": (0.5, 1.4),
+    "fake_score_lag": (0.0, 1.75),
 }
+ADVICE = "the generator may be outrunning the fake score; try a lower --learning_rate"
 AVERAGED_UPDATES = 25  # of one sampler step
 
 
@@ -100,7 +100,7 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
     changed in place.
     """
     sentences = []
-    for name, (low, high, advice) in NORMAL.items():
+    for name, (low, high) in NORMAL.items():
         if not math.isfinite(record[name]):
             continue
         average = averages.setdefault(f"{name} of step {record['k']}", {"mean": 0.0, "count": 0, "normal": True})
@@ -110,7 +110,7 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
         normal = normal or average["count"] < AVERAGED_UPDATES
         if average["normal"] and not normal:
             found = f"{name} of sampler step {record['k']} is {average['mean']:.2f}, normally {low:g} to {high:g}"
-            sentences.append(f"{record['images_seen']} images: {found}: {advice}")
+            sentences.append(f"{record['images_seen']} images: {found}: {ADVICE}")
         average["normal"] = normal
     return sentences
 
