@@ -243,6 +243,11 @@ class Contract:
                     return name
         return None
 
+    def changed_shape(self, calls: Sequence[dict[str, Any]]) -> str | None:
+        """The argument kept per prompt that has another shape there than it was learned with, if any."""
+        paths = (path for call in calls for path, slot in self.slots.items() if not slot.fits(get(call, path)))
+        return next(paths, None)
+
     def halves(self, calls: Sequence[dict[str, Any]]) -> tuple[Conditioning, Conditioning]:
         """(conditional, unconditional) in the arguments of the transformer calls of one guided step."""
         if self.guidance.kind == "doubled":

@@ -172,7 +172,7 @@ def find_slots(
             return
         slot = _slot(name, path, a, b, two)
         if slot is not None and differs:
-            slots[path] = replace(slot, ragged=_ragged(name, path, slot, a, b))
+            slots[path] = replace(slot, ragged=_ragged(name, path, slot, a, b), shape=tuple(slot.rows(a)[0].shape))
         elif slot is not None:
             repeated[path] = slot
         else:

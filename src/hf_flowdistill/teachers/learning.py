@@ -263,7 +263,7 @@ def _with_constants_of(watcher: _Watcher, contract: Contract, calls) -> Contract
             refuse(watcher.name, f"its transformer's argument {changed} is another one under guidance")
         contract = replace(
             contract,
-            slots={**contract.slots, changed: slot},
+            slots={**contract.slots, changed: replace(slot, shape=tuple(value.shape[1:]))},
             repeated={path: slot for path, slot in contract.repeated.items() if path != changed},
             static={name: value for name, value in contract.static.items() if name != changed},
             dtypes={**contract.dtypes, changed: value.dtype},
