@@ -38,7 +38,7 @@ class Slot:
 
     def fits(self, value) -> bool:
         """Whether the samples in an argument have the learned shape."""
-        return all(
+        return value is not None and all(
             len(row.shape) == len(self.shape)
             and all(a == b for dim, (a, b) in enumerate(zip(row.shape, self.shape)) if dim != self.ragged)
             for row in self.rows(value)

@@ -107,6 +107,8 @@ class _Watcher:
         )
         scheduler = plain_scheduler(self.pipeline) if num_steps == 1 else own_scheduler(self.pipeline)
         steps, images = watch(self.pipeline, arguments, scheduler=scheduler, stub=stub, guided=guided)
+        if len(steps) != num_steps:
+            refuse(self.name, f"it takes {len(steps)} sampler steps when asked for {num_steps}")
         return steps, images if decoded else None
 
 
