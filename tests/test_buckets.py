@@ -86,10 +86,9 @@ def test_sheets_student_and_cache(uninterrupted):
     defaults = settings["student"]["call_defaults"]
     assert (defaults["height"], defaults["width"]) == SIZES[0]
     assert settings["training_args"]["aspect_ratio_buckets"] == [list(size) for size in SIZES]
-    assert (
-        "| `aspect_ratio_buckets` | `[[32, 32], [32, 48], [48, 32]]` |"
-        in (uninterrupted / "student" / "README.md").read_text()
-    )
+    card = (uninterrupted / "student" / "README.md").read_text()
+    assert "\nIts images in training were 32x32, 32x48, 48x32 (height x width).\n" in card
+    assert "| `aspect_ratio_buckets` | `[[32, 32], [32, 48], [48, 32]]` |" in card
     assert not [path for path in (uninterrupted / "conditioning").iterdir() if path.is_dir()]
 
 
