@@ -265,7 +265,10 @@ def _with_constants_of(watcher: _Watcher, contract: Contract, calls) -> Contract
             refuse(watcher.name, f"its transformer's argument {changed} is another one under guidance")
         contract = replace(
             contract,
-            slots={**contract.slots, changed: replace(slot, shape=tuple(value.shape[1:]))},
+            slots={
+                **contract.slots,
+                changed: replace(slot, shape=tuple(slot.rows(get(contract.static, changed))[0].shape)),
+            },
             repeated={path: slot for path, slot in contract.repeated.items() if path != changed},
             static={name: value for name, value in contract.static.items() if name != changed},
             dtypes={**contract.dtypes, changed: value.dtype},
