@@ -2,7 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Folders that look like the published teachers without their weights: their configurations, and tiny tokenizers.
 
-`published/NAME.json` holds what the model's own config.json files say, `shared` what several have in common.
+`published/NAME.json` holds what the model's own config.json files say, `shared` what several have in common. The
+teachers of SANA-Sprint are put together from what is public of them: SANA's networks with QK normalization and times
+in [0, 1] (diffusers' scripts/convert_sana_to_diffusers.py, and its pull request 11150).
 """
 
 import functools

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import tiny_pipelines
+import tiny_qwen3_vl_teachers
 import tiny_teachers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -48,11 +49,13 @@ TEACHERS = {
         SANA,
     ),
     "flux": Teacher(tiny_pipelines.flux, SHORT),
+    "flux kontext": Teacher(tiny_teachers.flux_kontext, {**SHORT, "max_area": 32 * 32}),
     "flux2": Teacher(tiny_teachers.flux2, {"max_sequence_length": 512, "text_encoder_out_layers": [1, 2, 3]}),
     "flux2 klein": Teacher(
         tiny_teachers.flux2_klein, {"max_sequence_length": 64, "text_encoder_out_layers": [1, 2, 3]}
     ),
     "qwen image": Teacher(tiny_teachers.qwen_image),
+    "qwen image 2.1": Teacher(tiny_qwen3_vl_teachers.qwen_image_2_1, {"use_kv_cache": False}, unsaved=("processor",)),
     "z image": Teacher(tiny_teachers.z_image, {"max_sequence_length": 128}),
     "lumina2": Teacher(tiny_teachers.lumina2, size=64),
     "lumina": Teacher(tiny_teachers.lumina, size=64),
@@ -67,6 +70,11 @@ TEACHERS = {
     "prx": Teacher(tiny_teachers.prx, {"use_resolution_binning": False}, unsaved=("text_encoder",)),
     "bria": Teacher(tiny_teachers.bria, SHORT),
     "bria fibo": Teacher(tiny_teachers.bria_fibo, size=64),
+    "bria fibo2": Teacher(
+        tiny_qwen3_vl_teachers.bria_fibo2,
+        attributes={"text_encoder_out_layers": ((0, 1, 2), (1, 2, 2))},
+        unsaved=("processor",),
+    ),
     "kandinsky5": Teacher(tiny_teachers.kandinsky5, size=64, attributes={"resolutions": [(64, 64)]}),
     "krea2": Teacher(tiny_teachers.krea2, {"max_sequence_length": 192}),
     "ovis image": Teacher(tiny_teachers.ovis_image, {"max_sequence_length": 192}),

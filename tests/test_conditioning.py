@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from teacher_cases import learned
 from tiny_pipelines import HEIGHT, WIDTH
+from toy_pipeline import toy
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.teachers import Conditioning, encode_prompts, learn_contract
@@ -48,15 +49,18 @@ def test_rows_of_a_batch_are_the_prompts_alone(teacher):
     assert (first - second).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["qwen image", "z image", "kandinsky5", "bria fibo"])
+@pytest.mark.parametrize(
+    "name", ["qwen image", "z image", "lumina", "cogview4", "kandinsky5", "bria fibo", "ernie image"]
+)
 def test_no_row_is_padded_where_lengths_differ(name):
     case = learned(name)
-    prompts = PROMPTS + ["a red ball"]
+    long = "a red ball on a long green bench"  # CogView4 has texts of 16, 32, ... tokens
+    prompts = [long, *PROMPTS, long]
     rows, _ = encode_prompts(case.pipeline, case.contract, prompts)
     assert case.contract.prompts_at_once == (name == "z image")
     lengths = next(tensor for key, tensor in rows.tensors.items() if key.endswith(".length"))
     assert len(set(lengths.tolist())) > 1 and lengths[0] == lengths[-1]
-    longest_first = Conditioning.cat([rows[[2, 0]], encode_prompts(case.pipeline, case.contract, ["x"])[0]])
+    longest_first = Conditioning.cat([rows[[3, 0]], encode_prompts(case.pipeline, case.contract, ["x"])[0]])
     sigma = torch.full((3,), 0.5)
     x_t = torch.randn(3, *case.contract.latent_shape, generator=torch.Generator().manual_seed(0))
     calls = []
@@ -64,7 +68,7 @@ def test_no_row_is_padded_where_lengths_differ(name):
     with torch.no_grad():
         together = case.contract.velocity(case.pipeline.transformer, x_t, sigma, longest_first)
         hook.remove()
-        for row, prompt in enumerate(["x", "a red ball", "x"]):
+        for row, prompt in enumerate(["x", long, "x"]):
             alone, _ = encode_prompts(case.pipeline, case.contract, [prompt])
             expected = case.contract.velocity(case.pipeline.transformer, x_t[[row]], sigma[[row]], alone)
             torch.testing.assert_close(together[[row]], expected, atol=1e-5, rtol=0)
@@ -226,6 +230,31 @@ def test_a_prompt_that_changes_what_was_learned_to_be_constant():
     contract = dataclasses.replace(case.contract, static={**case.contract.static, "return_dict": True})
     with pytest.raises(UserError, match="argument return_dict is another one for the prompt 'a cat'"):
         encode_prompts(case.pipeline, contract, ["a cat"])
+
+
+def test_a_prompt_that_is_encoded_unlike_the_others(monkeypatch):
+    """Which of a batch it is, before anything is trained with it."""
+    pipeline = toy()
+    contract = learn_contract(pipeline, height=8, width=8)
+    own, prompts = pipeline.encode, ["a cat", "an extraordinarily long prompt", "a dog"]
+
+    def longer(texts):
+        words = own(texts)
+        return torch.cat([words] * 2, 1) if any("extra" in text for text in texts) else words
+
+    def failing(texts):
+        if any("extra" in text for text in texts):
+            raise ValueError("too many words\nfor this pipeline")
+        return own(texts)
+
+    for encode, problem in (
+        (longer, "its transformer's argument words has another shape"),
+        (failing, r"it fails \(too many words\)"),
+    ):
+        monkeypatch.setattr(pipeline, "encode", encode)
+        with pytest.raises(UserError, match=f"ToyPipeline: {problem} for the prompt '{prompts[1]}', unlike for those"):
+            encode_prompts(pipeline, contract, prompts)
+        assert len(encode_prompts(pipeline, contract, prompts[::2])[0]) == 2
 
 
 @pytest.mark.parametrize("prompts", [[], "a cat", ["a cat", None]])

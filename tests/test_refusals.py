@@ -4,6 +4,7 @@
 
 import pytest
 import tiny_pipelines
+import tiny_qwen3_vl_teachers
 import tiny_teachers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, SanaSprintPipeline, SCMScheduler
@@ -138,6 +139,16 @@ def test_a_network_that_predicts_the_image():
     names = ("transformer", "scheduler", "text_encoder", "tokenizer")
     pipeline = PRXPixelPipeline(**{name: parts[name] for name in names})
     assert "does not predict a flow velocity" in refusal(pipeline, use_resolution_binning=False)
+
+
+def test_arguments_that_a_pipeline_needs():
+    """As docs/teachers.md says: without them, other steps depend on the first, and the size is another one."""
+    qwen = tiny_qwen3_vl_teachers.qwen_image_2_1()
+    assert "should follow the time, but ['timestep', 'kv_cache_mode'] do" in refusal(qwen)
+    qwen.register_to_config(sample_sigmas=[1.0, 0.9, 0.6, 0.3])
+    assert "it takes 4 sampler steps when asked for 3" in refusal(qwen, use_kv_cache=False)
+    kontext = tiny_teachers.flux_kontext()
+    assert "makes height 64, width 64 when asked for height 32, width 32" in refusal(kontext, **SD3, max_area=64 * 64)
 
 
 def test_guidance_that_is_not_plain_is_said():

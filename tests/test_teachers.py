@@ -330,7 +330,7 @@ def test_a_pipeline_class_written_after_the_fact():
     told = contract.as_dict()
     assert told["latent"] == "tokens [4, 8]"
     assert told["time"].startswith("angle = table of sigma")
-    assert told["velocity"] == "-8 of 16 along dimension 2"
+    assert told["velocity"] == "-last 8 along dimension 2"
     assert told["conditioning"] == ["prompt.style", "prompt.words"]
     assert told["varying_length"] == ["prompt.words"]
     assert (told["guidance"], told["guidance_argument"]) == (

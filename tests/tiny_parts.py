@@ -26,6 +26,20 @@ def qwen_tokenizer(**kwargs):
     )
 
 
+class TextProcessor:
+    """Qwen3-VL's processor as far as prompts need it; the real one cannot be made without torchvision."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, conversation, **kwargs):
+        return [self.tokenizer.apply_chat_template(conversation, **kwargs)]  # as of a batch of one
+
+    def __call__(self, text, images=None, **kwargs):
+        assert images is None
+        return self.tokenizer(text, **kwargs)
+
+
 def decoder_config(tokenizer, num_layers=2) -> dict:
     """Sizes that the configurations of Qwen, GLM, Llama and Mistral language models share."""
     return {

@@ -30,6 +30,7 @@ from tiny_pipelines import (
     _seeded,
     clip_text_encoder,
     clip_tokenizer,
+    flux,
     gemma_text_encoder,
     kl_autoencoder,
     t5_text_encoder,
@@ -69,6 +70,11 @@ def flux2_klein():
             tokenizer=tokenizer,
         )
     )
+
+
+def flux_kontext():
+    """FLUX.1's pipeline with an image to edit, without one: the same components."""
+    return diffusers.FluxKontextPipeline(**flux().components)
 
 
 @_seeded

@@ -34,13 +34,20 @@ from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, gen
 from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
-from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, learn_contract
+from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object, silence_libraries
+from hf_flowdistill.training.arguments import (
+    ArgumentParser,
+    check_output_dir,
+    image_sizes,
+    json_object,
+    silence_libraries,
+)
 from hf_flowdistill.training.distributed import (
     check_accelerator,
     check_world_size,
+    draw_bucket,
     draw_k,
     global_indices,
     sample_noise,
@@ -108,6 +115,12 @@ def parse_args(input_args=None):
     add("--resolution", type=int, default=1024, metavar="PIXELS", help="height and width of the images")
     add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
     add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add(
+        "--aspect_ratio_buckets",
+        type=image_sizes,
+        metavar="H,W;H,W",
+        help="several sizes instead of --resolution, one for each update; the first is the student's default",
+    )
     add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
     add(
         "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
@@ -206,7 +219,8 @@ def parse_args(input_args=None):
     )
 
     args = parser.parse_args(input_args)
-    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    height, width = (args.aspect_ratio_buckets or [(args.resolution, args.resolution)])[0]
+    args.height, args.width = args.height or height, args.width or width
     for name in ("fake_guidance_scale", "fake_train_guidance_scale"):
         if getattr(args, name) is None:
             setattr(args, name, args.teacher_guidance_scale)
@@ -246,6 +260,8 @@ def check_combinations(args):
         raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
     if args.dataset_config_name and not args.dataset_name:
         raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
+    if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
+        raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     shares = args.step_shares
@@ -278,6 +294,7 @@ def plan(args, prompts, accelerator):
             cache_dir=args.cache_dir,
             height=args.height,
             width=args.width,
+            aspect_ratio_buckets=args.aspect_ratio_buckets,
             pipeline_kwargs=args.pipeline_kwargs,
             weight_dtype=getattr(torch, args.weight_dtype),
             autocast=accelerator.mixed_precision,
@@ -332,9 +349,9 @@ def main(input_args=None):
     run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
     origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     run.pipeline = load_pipeline(args.pretrained_model_name_or_path, **origin).to(accelerator.device)
-    run.contract = learn_contract(
-        run.pipeline, height=args.height, width=args.width, pipeline_kwargs=args.pipeline_kwargs
-    )
+    sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
+    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs)
+    run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
@@ -345,7 +362,11 @@ def main(input_args=None):
 
     # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
-    run.conditional, run.validation_conditional, run.unconditional = encode_all(run)
+    run.buckets = []
+    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
+        run.contract = contract
+        encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
+        run.buckets.append((contract, *encoded))
     move_all_but_transformer(run.pipeline, "cpu")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
@@ -359,7 +380,7 @@ def main(input_args=None):
     run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
     if checkpoint is None:
         run.state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": settings, "averages": {}}
-        run.state["teacher"] = measure_teacher(run)
+        run.state["teacher"] = [measure_teacher(use_bucket(run, i)) for i in range(len(run.buckets))]
     else:
         run.state = checkpointing.load_checkpoint(checkpoint, **run.saved)
         logger.info(f"going on from {checkpoint}")
@@ -383,12 +404,21 @@ def read_training_prompts(args):
     return read_prompts(args.prompt_file, args.caption_column)
 
 
+def use_bucket(run, number):
+    """`run`, from here on with the images of this size."""
+    run.bucket = number
+    run.contract, run.conditional, run.validation_conditional, run.unconditional = run.buckets[number]
+    return run
+
+
 def encode_all(run):
     """Conditioning of the training, the validation and the negative prompts, read from a cache on the disk."""
     args, accelerator = run.args, run.accelerator
+    # a cache is of one size; those whose conditioning is another than the first's have theirs inside it
+    part = f"{run.contract.height}x{run.contract.width}" if run.buckets else ""
     cached = functools.partial(
         cached_conditioning,
-        args.conditioning_cache_dir or Path(args.output_dir, "conditioning"),
+        Path(args.conditioning_cache_dir or Path(args.output_dir, "conditioning"), part),
         encoder_key(run.pipeline, run.contract),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -422,6 +452,7 @@ def train(run):
         start = time.perf_counter()
         done = state["images_seen"] / args.max_train_images
         k = draw_k(args.seed, state["step"], args.num_steps, shares=args.step_shares, progress=done)
+        use_bucket(run, draw_bucket(args.seed, state["step"], len(run.buckets)))
         factor = learning_rate_factor(
             args.lr_scheduler,
             state["images_seen"],
@@ -448,7 +479,8 @@ def train(run):
             record = {
                 **{name: state[name] for name in ("images_seen", "step", "skipped_updates")},
                 **{"k": k, "learning_rate": rate, **fake_metrics, **metrics},
-                **state["teacher"],
+                **({"height": run.contract.height, "width": run.contract.width} if args.aspect_ratio_buckets else {}),
+                **state["teacher"][run.bucket],
                 "images_per_second": images_per_update / (time.perf_counter() - start),
             }
             record |= monitors.drift(record)
@@ -465,7 +497,8 @@ def train(run):
                 checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
             run.accelerator.wait_for_everyone()
         if is_main_process and args.validation_prompts and is_due(run, args.validation_images):
-            validate(run)
+            for number in range(len(run.buckets)):
+                validate(use_bucket(run, number))
     progress.close()
 
 
@@ -573,13 +606,14 @@ def validate(run):
     images = decode(run.pipeline, run.contract, torch.cat(latents))
     move_all_but_transformer(run.pipeline, "cpu")
     sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
-    monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation"), run.state["images_seen"])
+    size = f"{run.contract.height}x{run.contract.width}" if args.aspect_ratio_buckets else ""
+    monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", size), run.state["images_seen"])
 
 
 def save_student(run):
     """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
     args = run.args
-    guidance_off = run.contract.student_arguments(args.num_steps)
+    guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What a run needs, before it starts: told from the teacher's configurations, without any weights."""
 
+import functools
 import math
 from collections import Counter
 from typing import Any
@@ -57,6 +58,7 @@ def describe_plan(
     cache_dir=None,
     height: int,
     width: int,
+    aspect_ratio_buckets: list[tuple[int, int]] | None = None,
     pipeline_kwargs: dict[str, Any] | None = None,
     weight_dtype: torch.dtype = torch.float32,
     autocast: str = "no",
@@ -70,6 +72,7 @@ def describe_plan(
     """What a training run of the teacher at `path` is, in lines: networks, sizes, memory, images, time.
 
     Args:
+        aspect_ratio_buckets: (height, width) of all sizes; None where there is one.
         pipeline_kwargs: of every call of the teacher's pipeline.
         weight_dtype, autocast: of the weights, gradients and moments; of the computation ("no" or "bf16").
         prompts: how many distinct ones.
@@ -79,7 +82,8 @@ def describe_plan(
     Raises:
         UserError: as `load_skeleton` and `measure_shapes`.
     """
-    skeleton = load_skeleton(path, revision=revision, cache_dir=cache_dir)
+    load = functools.partial(load_skeleton, path, revision=revision, cache_dir=cache_dir)
+    skeleton = load()
     lines = [
         f"teacher: {path}",
         f"pipeline: {type(skeleton).__name__}",
@@ -87,10 +91,13 @@ def describe_plan(
         *describe_networks(skeleton),
     ]
     try:
-        shapes = measure_shapes(skeleton, height=height, width=width, pipeline_kwargs=pipeline_kwargs)
-        lines += describe_shapes(shapes, height=height, width=width)
-        together = prompts * shapes.bytes_per_prompt
-        least = " or more" if shapes.longer_with_prompt else ""
+        sizes = [{"height": height, "width": width} for height, width in aspect_ratio_buckets or [(height, width)]]
+        shapes = [measure_shapes(load(), **size, pipeline_kwargs=pipeline_kwargs) for size in sizes]
+        described = [describe_shapes(shape, **size) for shape, size in zip(shapes, sizes)]
+        lines += dict.fromkeys(line for same_kind in zip(*described) for line in same_kind)
+        # what is fed alike at every size is kept once
+        together = prompts * sum({str(one.conditioning): one.bytes_per_prompt for one in shapes}.values())
+        least = " or more" if shapes[0].longer_with_prompt else ""
         lines.append(f"prompts: {prompts:,} distinct, {together / 1e9:,.2f} GB{least} of conditioning")
     except NotImplementedError as error:
         lines.append(f"image and text: their sizes are not known without the weights ({error})")

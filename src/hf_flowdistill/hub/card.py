@@ -60,7 +60,7 @@ def write_card(folder, *, report=None, protocol=None, example_prompt="a photogra
     settings = read_settings(folder)
     if settings is None:
         raise UserError(f"{folder} holds no exported student: a card can be written for nothing else.")
-    student = settings["student"]
+    student, training_args = settings["student"], settings["training_args"]
     content = _template("student.md").render(
         metadata=card_data(student).to_yaml(),
         student=student,
@@ -72,7 +72,8 @@ def write_card(folder, *, report=None, protocol=None, example_prompt="a photogra
         protocol=protocol,
         evaluation=evaluation_table(report or []),
         categories=category_table(report or []),
-        hyperparameters=hyperparameter_table(settings["training_args"]),
+        sizes=", ".join(f"{height}x{width}" for height, width in training_args.get("aspect_ratio_buckets") or []),
+        hyperparameters=hyperparameter_table(training_args),
     )
     card = ModelCard(content)
     card.save(folder / "README.md")

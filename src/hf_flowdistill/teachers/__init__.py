@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Teachers: any diffusers flow-matching text-to-image pipeline, through what one watched call says about it."""
 
+from hf_flowdistill.teachers.buckets import first_alike, learn_contracts
 from hf_flowdistill.teachers.conditioning import (
     Conditioning,
     bytes_per_prompt,
@@ -24,5 +25,7 @@ __all__ = [
     "encode_batch",
     "encode_prompts",
     "encode_unconditional",
+    "first_alike",
     "learn_contract",
+    "learn_contracts",
 ]

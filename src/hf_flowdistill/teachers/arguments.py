@@ -22,17 +22,27 @@ class Slot:
             all samples of a call must have in common).
         dim: batch dimension of a tensor.
         ragged: dimension of a row whose length differs between prompts; None if rows have one shape.
+        shape: of a row, in all dimensions but that one.
     """
 
     kind: str
     dim: int = 0
     ragged: int | None = None
+    shape: tuple[int, ...] = ()
 
     def rows(self, value) -> list:
         """The samples in an argument, in order; the only one of a shared argument."""
         if self.kind == "tensor":
             return list(value.movedim(self.dim, 0))
         return list(value) if self.kind == "list" else [value]
+
+    def fits(self, value) -> bool:
+        """Whether the samples in an argument have the learned shape."""
+        return value is not None and all(
+            len(row.shape) == len(self.shape)
+            and all(a == b for dim, (a, b) in enumerate(zip(row.shape, self.shape)) if dim != self.ragged)
+            for row in self.rows(value)
+        )
 
     def argument(self, rows: list) -> Any:
         """The argument that holds `rows`. All have one shape, unless they go into a list."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.arguments import pad
 from hf_flowdistill.teachers.watch import call_arguments, call_parameters, plain_scheduler, undisturbed, watch
 
@@ -138,7 +138,8 @@ def encode_prompts(
 
     Raises:
         UserError: there are no prompts, something in the list is not a string, the pipeline takes no negative prompt,
-            or an argument that was learned to be constant is another one for one of the prompts.
+            or, with the prompt in the message, the pipeline fails for one of them or feeds its transformer another
+            constant or another shape than those that were learned.
     """
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("encode_prompts takes a list with at least one prompt, each a string.")
@@ -193,14 +194,31 @@ def _capture(pipeline, contract, prompts, negative_prompt=None):
         output_type="latent",
         **contract.guidance.arguments(on=guided),
     )
-    (step,), _ = watch(
-        pipeline, arguments, scheduler=plain_scheduler(pipeline), stub=contract.zero_output, guided=guided
+    scheduler = plain_scheduler(pipeline)
+    try:
+        (step,), _ = watch(pipeline, arguments, scheduler=scheduler, stub=contract.zero_output, guided=guided)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        calls, problem = [], f"it fails ({first_line(error)})"
+    else:
+        calls = [call.arguments for call in step.calls]
+        problem = _unlike_learned(contract, calls)
+    if problem is None:
+        return calls
+    if len(prompts) > 1:
+        for prompt in prompts:  # to find the one
+            _capture(pipeline, contract, [prompt], negative_prompt)
+    raise UserError(
+        f"{contract.pipeline_class}: {problem} for the prompt {prompts[0]!r}, unlike for those it was learned with: "
+        "leave that prompt out."
     )
-    calls = [call.arguments for call in step.calls]
-    changed = contract.changed_constant(calls)
-    if changed is not None:
-        raise UserError(
-            f"{contract.pipeline_class}: its transformer's argument {changed} is another one for the prompt "
-            f"{prompts[0]!r} than for those it was learned with: leave that prompt out."
-        )
-    return calls
+
+
+def _unlike_learned(contract, calls) -> str | None:
+    """What is not as it was when the contract was learned, in words."""
+    constant = contract.changed_constant(calls)
+    if constant is not None:
+        return f"its transformer's argument {constant} is another one"
+    argument = contract.changed_shape(calls)
+    return None if argument is None else f"its transformer's argument {argument} has another shape"

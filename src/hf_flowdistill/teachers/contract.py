@@ -60,7 +60,7 @@ class Contract:
         time_argument, time_scale, time_offset: the transformer is given time = time_scale * sigma + time_offset.
         time_table: (sigmas, times), both increasing in sigma, where time is no such line; it is read linearly.
         output_shape, output_sign, output_part: velocity = sign * output, or a part of it: (dimension of the batch,
-            start, length). A list that is returned counts as stacked.
+            start, counted from the end if negative, length). A list that is returned counts as stacked.
         output_container: what the output comes in: "tuple", "object" (with the attribute `sample`) or "nothing".
         slots: path of an argument -> where its samples are, for what depends on the prompt.
         repeated: the same for arguments that are equal for all prompts; `static` has them for one sample.
@@ -242,6 +242,11 @@ class Contract:
                 if not same(value, call.get(name)):
                     return name
         return None
+
+    def changed_shape(self, calls: Sequence[dict[str, Any]]) -> str | None:
+        """The argument kept per prompt that has another shape there than it was learned with, if any."""
+        paths = (path for call in calls for path, slot in self.slots.items() if not slot.fits(get(call, path)))
+        return next(paths, None)
 
     def halves(self, calls: Sequence[dict[str, Any]]) -> tuple[Conditioning, Conditioning]:
         """(conditional, unconditional) in the arguments of the transformer calls of one guided step."""

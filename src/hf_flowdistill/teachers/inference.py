@@ -152,7 +152,8 @@ def _parts(output: Tensor, numel: int) -> list[tuple[int, int, int] | None]:
     for dim in range(1, output.ndim):
         length, rest = divmod(numel * output.shape[dim], output.numel())
         if rest == 0 and 0 < length < output.shape[dim]:
-            parts += [(dim, 0, length), (dim, output.shape[dim] - length, length)]
+            # counted from the end: what is before it, the text for instance, may be longer for another prompt
+            parts += [(dim, 0, length), (dim, -length, length)]
     return parts
 
 
@@ -172,7 +173,7 @@ def find_slots(
             return
         slot = _slot(name, path, a, b, two)
         if slot is not None and differs:
-            slots[path] = replace(slot, ragged=_ragged(name, path, slot, a, b))
+            slots[path] = replace(slot, ragged=_ragged(name, path, slot, a, b), shape=tuple(slot.rows(a)[0].shape))
         elif slot is not None:
             repeated[path] = slot
         else:

@@ -107,6 +107,8 @@ class _Watcher:
         )
         scheduler = plain_scheduler(self.pipeline) if num_steps == 1 else own_scheduler(self.pipeline)
         steps, images = watch(self.pipeline, arguments, scheduler=scheduler, stub=stub, guided=guided)
+        if len(steps) != num_steps:
+            refuse(self.name, f"it takes {len(steps)} sampler steps when asked for {num_steps}")
         return steps, images if decoded else None
 
 
@@ -263,7 +265,10 @@ def _with_constants_of(watcher: _Watcher, contract: Contract, calls) -> Contract
             refuse(watcher.name, f"its transformer's argument {changed} is another one under guidance")
         contract = replace(
             contract,
-            slots={**contract.slots, changed: slot},
+            slots={
+                **contract.slots,
+                changed: replace(slot, shape=tuple(slot.rows(get(contract.static, changed))[0].shape)),
+            },
             repeated={path: slot for path, slot in contract.repeated.items() if path != changed},
             static={name: value for name, value in contract.static.items() if name != changed},
             dtypes={**contract.dtypes, changed: value.dtype},

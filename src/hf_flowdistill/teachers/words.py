@@ -12,7 +12,8 @@ def in_words(contract) -> dict[str, Any]:
         dim, start, length = contract.output_part
         whole = contract.output_shape[dim - 1]
         first_half = dim == 1 and start == 0 and 2 * length == whole
-        output = "first half of the channels" if first_half else f"{length} of {whole} along dimension {dim}"
+        place = "last" if start < 0 else "first"
+        output = "first half of the channels" if first_half else f"{place} {length} along dimension {dim}"
     order = (
         ("conditional", "unconditional") if contract.guidance.conditional_first else ("unconditional", "conditional")
     )

@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import diffusers
 import transformers
 import yaml
+from diffusers.training_utils import parse_buckets_string
 
 from hf_flowdistill.errors import UserError
 
@@ -68,6 +70,21 @@ def json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, e.g. '{{\"clip_skip\": 1}}', not {text!r}")
     return value
+
+
+def image_sizes(text: str) -> list[tuple[int, int]]:
+    """The type of an argument that lists sizes as diffusers' scripts do: (height, width) of "512,512;384,680"."""
+    try:
+        with warnings.catch_warnings():  # of what is not divisible by 8; the pipeline itself says what it can make
+            warnings.simplefilter("ignore")
+            sizes = parse_buckets_string(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}"
+        ) from None
+    if len(set(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(f"must be different sizes, not {text!r}")
+    return sizes
 
 
 def check_output_dir(output_dir, argument: str = "--output_dir") -> None:

@@ -56,6 +56,12 @@ def draw_k(seed: int, step: int, num_steps: int, *, shares=None, progress: float
     return 1 + bisect.bisect_right(list(itertools.accumulate(shares[:-1])), progress)
 
 
+def draw_bucket(seed: int, step: int, buckets: int) -> int:
+    """The number of the image size, in 0..buckets - 1, of this training step: uniform, and the same in every process,
+    since one size takes longer than another."""
+    return stream_seed(seed, step, "bucket") % buckets
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
