@@ -237,7 +237,7 @@ REFUSED = {
         lambda: {"fake_guidance_mode": "both"},
         "StableDiffusion3Pipeline cannot be guided by both: the mode must be cfg",
     ),
-    "half a training": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers from 0 to 1"),
+    "one share of four": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
     "empty prompts": (lambda: {"prompt_file": write("empty.txt", " \n\n")}, "empty.txt holds no prompt: write one"),

@@ -66,6 +66,12 @@ def test_k_in_turn_takes_its_share_of_the_training():
     assert {draw_k(0, step, 1, shares=[1.0], progress=step / 10) for step in range(10)} == {1}
 
 
+def test_what_no_step_has_a_share_of_comes_first_and_draws_k():
+    drawn = [draw_k(0, step, 4, shares=[0.0, 0.0, 0.1, 0.2], progress=step / 1000) for step in range(1000)]
+    assert drawn[:700] == [draw_k(0, step, 4) for step in range(700)]
+    assert drawn[700:] == [3] * 100 + [4] * 200
+
+
 def test_seeds_do_not_mix_up_their_parts():
     assert stream_seed(1, 23) != stream_seed(12, 3)
     assert stream_seed(1, "2") != stream_seed(1, 2)

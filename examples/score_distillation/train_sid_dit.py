@@ -134,8 +134,8 @@ def parse_args(input_args=None):
         type=float,
         nargs="+",
         metavar="X",
-        help="train the sampler steps one after the other, each for its share of the images: --num_steps numbers that "
-        "sum to 1. By default every update draws one of them",
+        help="end with the sampler steps one after the other, each for its share of the images: --num_steps numbers "
+        "that sum to 1 or less. Before that, and by default always, every update draws one of them",
     )
     add("--alpha", type=float, default=1.0, metavar="X", help="of the generator loss; 1 is Eq. 18")
     add("--weighting", default="1-sigma", metavar="NAME", help=f"of the generator loss: {', '.join(WEIGHTINGS)}")
@@ -265,8 +265,8 @@ def check_combinations(args):
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     shares = args.step_shares
-    if shares and (len(shares) != args.num_steps or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
-        raise UserError(f"--step_shares must be {args.num_steps} numbers from 0 to 1 (--num_steps) that sum to 1.")
+    if shares and (len(shares) != args.num_steps or not all(x >= 0 for x in shares) or not sum(shares) <= 1 + 1e-6):
+        raise UserError(f"--step_shares must be {args.num_steps} numbers (--num_steps) from 0 that sum to 1 or less.")
 
 
 def run_settings(args, prompts, accelerator):

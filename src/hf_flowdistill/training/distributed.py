@@ -47,13 +47,14 @@ def draw_k(seed: int, step: int, num_steps: int, *, shares=None, progress: float
     """The sampler step, in 1..num_steps, that carries gradient in this training step: the same in every process, since
     processes with different k would run different numbers of forward passes.
 
-    Uniform, as in SiD-DiT (Sec. 3). With `shares`, `num_steps` numbers that sum to 1, it is the first sampler step as
-    long as `progress`, the share of the training that is done, in [0, 1), is below the first number, then the second
-    for the share of the second, and so on.
+    Uniform, as in SiD-DiT (Sec. 3). With `shares`, `num_steps` numbers that sum to 1 or less, the training ends with
+    the sampler steps one after the other, each for its share; `progress` is the share of the training that is done,
+    in [0, 1).
     """
-    if shares is None:
+    in_turn = 0.0 if shares is None else progress - (1 - sum(shares))
+    if shares is None or in_turn < -1e-9:
         return 1 + stream_seed(seed, step, "k") % num_steps
-    return 1 + bisect.bisect_right(list(itertools.accumulate(shares[:-1])), progress)
+    return 1 + bisect.bisect_right(list(itertools.accumulate(shares[:-1])), in_turn)
 
 
 def draw_bucket(seed: int, step: int, buckets: int) -> int:
