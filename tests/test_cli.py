@@ -66,7 +66,7 @@ def test_inspect_asks_for_the_pipelines_own_size(capsys):
         (["inspect", "stable_diffusion_3", "--height=0"], "--height is 0: it must be at least 1."),
         (["inspect", "stable_diffusion_3", "--device=abacus"], "--device abacus cannot be used: "),
         (["inspect", "stable_diffusion_3", "--speed=1"], "unrecognized arguments: --speed=1"),
-        (["expect"], "flowdistill has no command expect: choose one of inspect."),
+        (["expect"], "flowdistill has no command expect: choose one of inspect, export, card, push, verify."),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_code_2(words, sentence, capsys):

@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import diffusers
-import transformers
 import yaml
 
 from hf_flowdistill.errors import UserError
@@ -54,6 +52,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def silence_libraries() -> None:
     """Errors only from diffusers and transformers, and no bars of loaded weights: a script has one bar, its own."""
+    import diffusers
+    import transformers  # both here, since they take seconds that not every command has to wait
+
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
