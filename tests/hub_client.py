@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Runs `flowdistill` in a process of its own that reaches one address only, once for every line of its input.
 
+A first word that names a script of examples/score_distillation runs that instead.
+
     echo '["push", "student", "--repo_id", "me/student"]' | python tests/hub_client.py
 
 Every line of the output is JSON: exit code, stdout and stderr of that command. Waits before another try are short.
@@ -9,6 +11,7 @@ With arguments it is one command: python tests/hub_client.py push student --repo
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -32,7 +35,12 @@ def allow_only(url: str) -> None:
     sys.addaudithook(check)
 
 
-def run(main, words):
+SCRIPTS = ("generate", "train_sid_dit")
+
+
+def run(words):
+    name = f"score_distillation.{words[0]}" if words[0] in SCRIPTS else "hf_flowdistill.cli"
+    main, words = importlib.import_module(name).main, words[words[0] in SCRIPTS :]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -46,10 +54,8 @@ if __name__ == "__main__":
     allow_only(os.environ["HF_ENDPOINT"])
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.02))
-    from hf_flowdistill.cli import main
-
     if sys.argv[1:]:
-        main(sys.argv[1:])
+        importlib.import_module("hf_flowdistill.cli").main(sys.argv[1:])
     else:
         for line in sys.stdin:
-            print(json.dumps(run(main, json.loads(line))), flush=True)
+            print(json.dumps(run(json.loads(line))), flush=True)

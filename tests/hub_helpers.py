@@ -36,6 +36,15 @@ def environment(hub, home, token=TOKEN, **more) -> dict:
     }
 
 
+def guarded(hub, home, token=TOKEN, **more) -> dict:
+    """`environment` for any Python program: it and all that it starts reach the Hub only."""
+    Path(home).mkdir(parents=True, exist_ok=True)
+    guard = "import os; from hub_client import allow_only; allow_only(os.environ['HF_ENDPOINT'])\n"
+    Path(home, "sitecustomize.py").write_text(guard)
+    found = environment(hub, home, token, **more)
+    return found | {"PYTHONPATH": os.pathsep.join((str(home), found["PYTHONPATH"]))}
+
+
 def flowdistill(hub, home, *words, token=TOKEN, check=True, **more) -> subprocess.CompletedProcess:
     """One `flowdistill` command in a process of its own."""
     done = subprocess.run(

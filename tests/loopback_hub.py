@@ -50,6 +50,7 @@ ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class Repo:
     private: bool = False
     gated: object = False
+    readers: set = field(default_factory=set)  # who may see a gated one
     heads: dict = field(default_factory=dict)  # branch, or refs/pr/N, to commit
     commits: list = field(default_factory=list)  # (id, title, parent, {path: content}), oldest first
 
@@ -138,7 +139,7 @@ class LoopbackHub:
             raise Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and not (mine and user[1] == "write"):
             raise Refusal(403, message="You don't have the rights to do this")
-        if content and repo.gated and not mine:
+        if content and repo.gated and not mine and not (user and user[0] in repo.readers):
             raise Refusal(403 if user else 401, "GatedRepo", "Access to this model is restricted")
         return repo
 

@@ -7,13 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import yaml
+from example_cards import EXAMPLES, GUIDANCE_OFF, STUDENTS, example_card
 from huggingface_hub import ModelCard
 from loopback_hub import card_errors
+from training_helpers import PIPELINE_KWARGS
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.card import METHODS, write_card
 from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
+from hf_flowdistill.teachers import learn_contract
 
 
 REPORT = [
@@ -244,6 +248,20 @@ def test_the_licence_of_a_local_teacher_is_read_from_its_card(tmp_path):
     ):
         (tmp_path / "README.md").write_text(unreadable)
         assert read_teacher_card(tmp_path) == {}, unreadable
+
+
+@pytest.mark.parametrize("recipe", STUDENTS)
+def test_the_example_cards_are_what_the_export_writes(recipe):
+    card = (EXAMPLES / f"{recipe.rpartition('_')[0]}.md").read_text(encoding="utf-8")
+    assert card == example_card(recipe), "make them again: PYTHONPATH=src:tests:examples python tests/example_cards.py"
+    assert card_errors(card) == [] and "## Evaluation" not in card and "images seen" not in card
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "sana", "flux"])
+def test_the_example_cards_turn_guidance_off_as_the_contract_does(name):
+    pipeline = getattr(tiny_pipelines, name)()
+    contract = learn_contract(pipeline, height=32, width=32, pipeline_kwargs=PIPELINE_KWARGS.get(name, {}))
+    assert contract.student_arguments(4) == GUIDANCE_OFF[type(pipeline).__name__]
 
 
 def test_a_folder_that_is_no_student_gets_no_card(tmp_path):
