@@ -344,10 +344,8 @@ def test_components_can_stay_with_the_teacher(hub, client, teacher, tmp_path, mo
 
 def test_the_documentation_names_options_that_exist(client):
     text = (ROOT / "docs" / "publishing.md").read_text() + (ROOT / "README.md").read_text()
-    lines = [
-        line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in re.split(r"\n(?! )", block)
-    ]
-    commands = [shlex.split(line.replace("\\\n", " ")) for line in lines if line.startswith("flowdistill ")]
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in blocks.splitlines() if line.startswith("flowdistill ")]
     assert {words[1] for words in commands} == {"export", "card", "push", "verify"}
     for _, command, *words in commands:
         known = client(command, "--help")["out"]

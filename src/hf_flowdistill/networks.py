@@ -52,13 +52,16 @@ def load_pipeline(
     those at `path`, which are not read.
 
     Raises:
-        UserError: there is nothing at `path`, it is no diffusers pipeline, or not a flow-matching transformer.
+        UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, or
+            not a flow-matching transformer.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
     given = {name: None for name, component in index.items() if component == [None, None]} | (components or {})
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, dtype=dtype, **where, **given)
+        # Pickles can run any code when they are loaded.
+        how = {"variant": variant, "dtype": dtype, "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(path, **how, **where, **given)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)

@@ -13,7 +13,7 @@ from hf_flowdistill.commands.card import add_evaluation_arguments, read_evaluati
 from hf_flowdistill.commands.inspect import check_device, own_resolution
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.hub.card import write_card
-from hf_flowdistill.hub.export import add_results, check_export_dir, export_student
+from hf_flowdistill.hub.export import add_results, check_export_dir, check_shared_components, export_student
 from hf_flowdistill.hub.published import load_published
 from hf_flowdistill.hub.settings import read_settings, write_settings
 from hf_flowdistill.hub.student import few_step_pipeline, load_student
@@ -111,6 +111,7 @@ def from_run(args):
     state = checkpointing.read_state(checkpoint)
     settings = state["settings"]
     teacher = args.teacher or settings["pretrained_model_name_or_path"]
+    check_shared_components(args.shared_components, teacher)
     origin = {} if args.teacher else {"revision": settings["revision"], "variant": settings["variant"]}
     pipeline = load_pipeline(teacher, dtype=DTYPES[args.dtype], cache_dir=args.cache_dir, **origin)
     try:
@@ -131,6 +132,8 @@ def from_run(args):
 
 def from_repo(args):
     """A published student in its teacher's pipeline."""
+    if args.teacher:
+        check_shared_components(args.shared_components, args.teacher)
     pipeline, teacher, told = load_published(
         args.from_repo,
         teacher=args.teacher,

@@ -95,8 +95,7 @@ def export_student(
     absent = [name for name, part in pipeline.components.items() if part is None and name not in optional]
     code = render_pipeline(type(pipeline), noise_type, call_defaults, absent)
     teacher = str(teacher or pipeline.config.get("_name_or_path") or base)
-    if shared_components == "referenced" and not is_hub_id(teacher):
-        raise UserError(f"components of {teacher} cannot be referenced, since it is not on the Hub: copy them.")
+    check_shared_components(shared_components, teacher)
     report = read_report(report) if isinstance(report, str | Path) else report
 
     student = copy.copy(pipeline)
@@ -155,6 +154,12 @@ def export_student(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"{folder} cannot be written: {first_line(error)}; make room, or choose another.") from error
     return folder
+
+
+def check_shared_components(shared_components, teacher) -> None:
+    """Refuse to refer to components of a teacher that nobody else can load."""
+    if shared_components == "referenced" and not is_hub_id(str(teacher)):
+        raise UserError(f"components of {teacher} cannot be referenced, since it is not on the Hub: copy them.")
 
 
 def add_results(folder, *, report=None, grid=None) -> None:

@@ -80,9 +80,10 @@ def load_student(path, settings, *, dtype, revision=None, variant=None, cache_di
     student, where = settings["student"], {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     if student.get("shared_components") != "referenced":
         return load_pipeline(path, dtype=dtype, **where)
+    weights = {"dtype": dtype, "use_safetensors": True}
     parts = {
         name: getattr(diffusers, kind).from_pretrained(
-            path, subfolder=name, **({**where, "dtype": dtype} if name == "transformer" else where)
+            path, subfolder=name, **(where | weights if name == "transformer" else where)
         )
         for name, kind in student["own_components"].items()
     }
