@@ -148,6 +148,7 @@ def test_a_push_that_fails_ends_the_training_well_and_the_printed_command_goes_o
     hub.faults["commit"] = itertools.repeat(503)
     done = client("train_sid_dit", *training_words(tmp_path, tmp_path / "run", "--resume_from_checkpoint=latest"))
     assert done["code"] == 0 and TOKEN not in done["err"]
+    assert done["err"].count("fault 503") == 1
     command = re.search("To push it later: (.*)", done["err"])[1]
     assert published(hub, "me/student") == {}
     hub.faults.clear()

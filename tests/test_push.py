@@ -129,8 +129,10 @@ def test_someone_elses_commit_on_the_way_is_not_written_over(hub, client, studen
 def test_files_of_an_earlier_student_go_and_those_of_the_user_stay(hub, client, student):
     pushed(client, student)
     repo = hub.repos["me/student"]
-    by_hand = {"LICENSE.md": b"terms", "images/one.png": b"picture"}
-    repo.add("main", "by hand", repo.heads["main"], {**repo.files(), **by_hand})
+    by_hand = {"LICENSE.md": b"terms", "images/one.png": b"picture", "lora/adapter_config.json": b"{}"}
+    index = b'{\n  "transformer": [\n    "diffusers"\n  ],\n  "vae": [\n    "diffusers"\n  ]\n}'
+    earlier = {"model_index.json": index, "vae/config.json": b"{}", "vae/model.safetensors": b"weights"}
+    repo.add("main", "by hand", repo.heads["main"], {**repo.files(), **by_hand, **earlier})
     weights = student / "transformer" / "model.safetensors"
     weights.rename(weights.with_name("model-00001-of-00001.safetensors"))
     assert pushed(client, student)["code"] == 0

@@ -23,6 +23,7 @@ from hf_flowdistill.hub.secrets import files_with_secrets, known_tokens
 from hf_flowdistill.hub.settings import read_settings
 
 
+INDEX = "model_index.json"
 PULL_REQUESTS = 10  # of the newest, how many are looked at for one that holds these files already
 
 
@@ -65,9 +66,10 @@ def push_student(folder, repo_id, *, token=None, private=False) -> str | None:
     try:
         return upload_student(folder, repo_id, token=token, private=private).url
     except Exception as error:
+        told = str(error) if isinstance(error, UserError) else reason(error, token)
         command = ["flowdistill", "push", str(Path(folder).absolute()), "--repo_id", repo_id]
         print(
-            f"The student was not pushed to {repo_id}: {reason(error, token)}\n"
+            f"The student was not pushed to {repo_id}: {told}\n"
             f"It is complete in {folder}. To push it later: {shlex.join([*command, *['--private'] * private])}",
             file=sys.stderr,
         )
@@ -131,6 +133,7 @@ class _Push:
     def __init__(self, api, repo_id, files, branch, create_pr, message):
         self.api, self.files, self.branch, self.create_pr, self.message = api, files, branch, create_pr, message
         self.repo_id, self.url, self.head, self.there = repo_id, None, None, None
+        self.components = {path.split("/")[0] for path in files if re.fullmatch(r"\w+/\w*config\.json", path)}
 
     def prepare(self, private):
         """See to repository and branch."""
@@ -146,7 +149,12 @@ class _Push:
         return compare(self.files, persistently(tree_of, self.api, self.repo_id, commit))
 
     def is_all(self, there) -> bool:
-        return not (there.missing or there.different or _stale(self.files, there.extra))
+        return not (there.missing or there.different or self.stale(there))
+
+    def stale(self, there) -> list[str]:
+        """Of the files that are on the Hub alone, those of an earlier student: its index, what lies in components."""
+        folders = {path: path.split("/")[0] for path in there.extra if "/" in path}
+        return [path for path in there.extra if path == INDEX or folders.get(path) in self.components]
 
     def found(self) -> Pushed | None:
         """The files where they are already: on the branch, or in a pull request if one was asked for."""
@@ -154,6 +162,9 @@ class _Push:
         there = self.compare_at(head)
         if self.head is None:  # the first look: what a commit is to be made on
             self.head, self.there = head, there
+            if INDEX in there.extra + there.different:
+                earlier = persistently(self.api.hf_hub_download, self.repo_id, INDEX, revision=head)
+                self.components |= set(re.findall(r'^  "(\w+)": \[', Path(earlier).read_text(), re.MULTILINE))
         if self.is_all(there):
             return Pushed(self.url, head, 0)
         if self.create_pr:
@@ -171,7 +182,7 @@ class _Push:
         """Send what differs from the head in one commit, again where that may help, and see that it has arrived."""
         there = self.there
         additions = [CommitOperationAdd(name, str(self.files[name])) for name in there.missing + there.different]
-        deletions = [CommitOperationDelete(name) for name in _stale(self.files, there.extra)]
+        deletions = [CommitOperationDelete(name) for name in self.stale(there)]
         where = {"repo_id": self.repo_id, "revision": self.branch, "create_pr": self.create_pr}
         # The client tries this again by itself. What has arrived stays there for the next push.
         self.api.preupload_lfs_files(additions=additions, **where)
@@ -212,9 +223,3 @@ class _Push:
         if head == self.head:
             return f"{self.branch} of {self.repo_id} is as it was."
         return f"{self.branch} of {self.repo_id} is at {head[:8]} now: push again, which compares it first."
-
-
-def _stale(files, extra) -> list[str]:
-    """Of the files that are on the Hub alone, those of an earlier student: its index, and what lies in components."""
-    components = {path.split("/")[0] for path in (*files, *extra) if re.fullmatch(r"\w+/\w*config\.json", path)}
-    return [path for path in extra if path == "model_index.json" or ("/" in path and path.split("/")[0] in components)]
