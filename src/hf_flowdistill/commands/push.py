@@ -29,5 +29,6 @@ def main(input_args):
         create_pr=args.create_pr,
         commit_message=args.commit_message,
     )
-    told = f"{pushed.changed} files" if pushed.changed else "everything was there already"
+    told = "1 file" if pushed.changed == 1 else f"{pushed.changed} files"
+    told = told if pushed.changed else "everything was there already"
     print(f"{pushed.url} at {pushed.commit[:8]}: {told}")

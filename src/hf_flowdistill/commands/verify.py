@@ -25,4 +25,6 @@ def main(input_args):
         local_dir=args.local_dir,
         token=args.hub_token,
     )
-    print(f"{args.repo_id} at {verified.commit[:8]}: {verified.files} files as on the Hub, in {verified.folder}")
+    print(
+        f"{args.repo_id} at {verified.commit[:8]}: all {verified.files} files are as on the Hub, in {verified.folder}"
+    )
