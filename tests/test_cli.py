@@ -66,7 +66,23 @@ def test_inspect_asks_for_the_pipelines_own_size(capsys):
         (["inspect", "stable_diffusion_3", "--height=0"], "--height is 0: it must be at least 1."),
         (["inspect", "stable_diffusion_3", "--device=abacus"], "--device abacus cannot be used: "),
         (["inspect", "stable_diffusion_3", "--speed=1"], "unrecognized arguments: --speed=1"),
-        (["expect"], "flowdistill has no command expect: choose one of inspect."),
+        (["export", "--output_dir=out"], "what to export is missing or given twice"),
+        (
+            ["export", "./nowhere", "--output_dir=out"],
+            "nowhere holds no checkpoint: give the --output_dir of a training.",
+        ),
+        (["export", "./nowhere", "--output_dir=out", "--num_steps=2"], "--num_steps belong to --from_repo"),
+        (
+            ["export", "--from_repo=a/b", "--output_dir=out", "--num_steps=0"],
+            "--num_steps is 0: it must be at least 1",
+        ),
+        (["export", "--from_repo=./nowhere", "--output_dir=out"], "neither a folder nor an id on the Hub"),
+        (["card", "./nowhere"], "nowhere holds no exported student"),
+        (["push", "./nowhere", "--repo_id=me/student"], "nowhere holds no exported student"),
+        (["push", "./nowhere"], "the following arguments are required: --repo_id"),
+        (["verify", "me/student", "--local_dir=a", "--cache_dir=b"], "leave out --cache_dir"),
+        (["verify", "a/b/c"], "'a/b/c' is no repository id"),
+        (["expect"], "flowdistill has no command expect: choose one of inspect, export, card, push, verify."),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_code_2(words, sentence, capsys):

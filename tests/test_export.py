@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.export import check_export_dir, export_student, without_secrets
+from hf_flowdistill.hub.export import check_export_dir, export_student
+from hf_flowdistill.hub.secrets import without_secrets
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings, render_pipeline, student_scheduler
 from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.rollout import rollout
@@ -266,6 +268,43 @@ def test_nothing_secret_and_no_path_of_this_machine_is_exported(tmp_path, monkey
     assert len(texts) > 8
     for file, text in texts.items():
         assert "-secret" not in text and str(tmp_path) not in text, file
+
+
+def test_the_teachers_licence_goes_along_and_components_of_a_folder_cannot_be_referenced(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A teacher\n")
+    teacher = load_pipeline(tmp_path / "teacher")
+    card = (export_student(teacher, tmp_path / "student", num_steps=4) / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "does not allow commercial use" in card
+    with pytest.raises(UserError, match="cannot be referenced, since it is not on the Hub"):
+        export_student(teacher, tmp_path / "other", num_steps=4, shared_components="referenced")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_export_and_is_one_sentence(tmp_path):
+    """As far as a limit on the size of files is one."""
+    pipeline, folder = export(tmp_path)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(UserError, match="student cannot be written: .*; make room, or choose another"):
+            export_student(pipeline, folder, num_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_weights_that_are_pickles_are_not_loaded(tmp_path):
+    tiny_pipelines.stable_diffusion_3().save_pretrained(tmp_path)
+    network = tmp_path / "transformer"
+    (network / "diffusion_pytorch_model.safetensors").unlink()
+    tiny_pipelines.stable_diffusion_3().transformer.save_pretrained(network, safe_serialization=False)
+    assert list(network.glob("*.bin"))
+    with pytest.raises(UserError, match="does not load as a diffusers pipeline: .*safetensors"):
+        load_pipeline(tmp_path)
 
 
 def test_without_secrets_leaves_ordinary_values_alone():

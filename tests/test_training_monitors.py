@@ -13,6 +13,7 @@ from hf_flowdistill.training.monitors import (
     drift,
     measure_teacher,
     tracker_config,
+    training_facts,
     watch,
 )
 
@@ -102,3 +103,14 @@ def test_metrics_file_is_cut_where_a_run_goes_on(tmp_path):
 def test_trackers_get_no_token_and_nothing_they_cannot_take():
     args = argparse.Namespace(alpha=1.0, hub_token="hf_secret", validation_prompts=["a"], revision=None, flag=True)
     assert tracker_config(args) == {"alpha": 1.0, "validation_prompts": "['a']", "revision": "None", "flag": True}
+
+
+def test_what_a_run_cost_up_to_a_checkpoint(tmp_path):
+    state = {"images_seen": 8, "settings": {"images_per_update": 4}, "hardware": "2 x H100", "processes": 2}
+    assert training_facts(tmp_path, state) == {"images_seen": 8, "hardware": "2 x H100"}
+    records = [{"images_seen": seen, "images_per_second": 4 / 1800} for seen in (4, 8, 12)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    facts = training_facts(tmp_path, state)
+    assert (facts["training_hours"], facts["device_hours"]) == pytest.approx((1.0, 2.0))
+    # a half line of a killed run, or lines that are missing, are no measurement
+    assert "training_hours" not in training_facts(tmp_path, {**state, "images_seen": 16})

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.hub.student import few_step_pipeline, load_student, read_settings
 from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
 
@@ -65,7 +65,8 @@ def load(args):
     path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     settings = read_settings(path, **origin)
     dtype = args.dtype or (settings["student"]["dtype"] if settings else "float32")
-    pipeline = load_pipeline(path, variant=args.variant, dtype=getattr(torch, dtype), **origin)
+    how = {"variant": args.variant, "dtype": getattr(torch, dtype), **origin}
+    pipeline = load_student(path, settings, **how) if settings else load_pipeline(path, **how)
     if settings:
         pipeline = few_step_pipeline(pipeline, settings)
     pipeline.set_progress_bar_config(disable=True)

@@ -384,6 +384,7 @@ def main(input_args=None):
     else:
         run.state = checkpointing.load_checkpoint(checkpoint, **run.saved)
         logger.info(f"going on from {checkpoint}")
+    run.state |= monitors.describe_hardware(accelerator)
 
     # -------------------------------------------------------------------------------------------------- train and save
     logger.info(
@@ -624,9 +625,13 @@ def save_student(run):
         guidance_off=guidance_off,
         pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
         teacher=args.pretrained_model_name_or_path,
+        teacher_revision=args.revision,
         training_args={**vars(args), **run.state["settings"], "images_seen": run.state["images_seen"]},
         repo_id=args.hub_model_id,
         example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
+        run=monitors.training_facts(args.output_dir, run.state),
+        grid=monitors.last_sheet(args.output_dir, run.state),
+        grid_prompts=args.validation_prompts,
     )
     logger.info(f"the student is in {student_dir}")
     if args.push_to_hub:

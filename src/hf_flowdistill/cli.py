@@ -2,78 +2,31 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The command `flowdistill`."""
 
+import importlib
 import sys
 
-import torch
-
-from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
-from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.planning import describe_conditioning, describe_networks
-from hf_flowdistill.teachers import encode_prompts, learn_contract
-from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.errors import UserError, exit_on_user_error
 
 
-def inspect_teacher(input_args):
-    """Print how a pipeline talks to its transformer, or why it cannot be a teacher."""
-    parser = ArgumentParser(prog="flowdistill inspect", description=inspect_teacher.__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL_OR_PATH", help="a diffusers pipeline: a Hub id or a folder")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
-    add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
-    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
-    add("--resolution", type=int, metavar="PIXELS", help="height and width of the images; by default the pipeline's")
-    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add(
-        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
-    )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
-    args = parser.parse_args(input_args)
-    for name in ("resolution", "height", "width"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        raise UserError(f"--device {args.device} cannot be used: {first_line(error)}") from error
-
-    silence_libraries()
-    origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pipeline = load_pipeline(args.model, dtype=getattr(torch, args.dtype), **origin).to(args.device)
-    resolution = args.resolution or _own_resolution(pipeline)
-    contract = learn_contract(
-        pipeline,
-        height=args.height or resolution,
-        width=args.width or resolution,
-        pipeline_kwargs=args.pipeline_kwargs,
-    )
-    rows, _ = encode_prompts(pipeline, contract, ["a cat"])
-    kept = {name: (tuple(row.shape[1:]), row.numel() * row.element_size()) for name, row in rows.tensors.items()}
-    print("\n".join([contract.describe(), *describe_networks(pipeline), describe_conditioning(kept)]))
-
-
-def _own_resolution(pipeline) -> int:
-    """The size in pixels that the pipeline draws by itself, 1024 if it does not say."""
-    latent = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config.get("sample_size")
-    factor = getattr(pipeline, "vae_scale_factor", None)
-    return latent * factor if isinstance(latent, int) and isinstance(factor, int) else 1024
-
-
-COMMANDS = {"inspect": inspect_teacher}
+COMMANDS = {  # a module of commands/, imported when it is called, since torch and diffusers take seconds
+    "inspect": "Print how a pipeline talks to its transformer, or why it cannot be a teacher.",
+    "export": "Write a run, a checkpoint or someone else's student as an ordinary diffusers repository.",
+    "card": "Write the model card of an exported student again, with an evaluation for instance.",
+    "push": "Publish an exported student on the Hub, in one commit.",
+    "verify": "Download a repository and compare every file with the Hub's checksum.",
+}
 
 
 @exit_on_user_error
 def main(input_args=None):
     words = sys.argv[1:] if input_args is None else list(input_args)
-    listed = "".join(f"  {name:<10} {command.__doc__}\n" for name, command in COMMANDS.items())
+    listed = "".join(f"  {name:<10} {description}\n" for name, description in COMMANDS.items())
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: flowdistill COMMAND ... (see flowdistill COMMAND --help)\n\n{listed}", end="")
     elif words[0] not in COMMANDS:
         raise UserError(f"flowdistill has no command {words[0]}: choose one of {', '.join(COMMANDS)}.")
     else:
-        COMMANDS[words[0]](words[1:])
+        importlib.import_module(f"hf_flowdistill.commands.{words[0]}").main(words[1:])
 
 
 if __name__ == "__main__":

@@ -42,20 +42,26 @@ def read_index(path, *, revision=None, cache_dir=None) -> dict:
     return index
 
 
-def load_pipeline(path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32, components=None
+) -> DiffusionPipeline:
     """Load a diffusers flow-matching pipeline from a folder or from the Hub.
 
     Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
-    the index lists as absent (SD3 without T5, say) are absent.
+    the index lists as absent (SD3 without T5, say) are absent. `components` (name -> component) are taken instead of
+    those at `path`, which are not read.
 
     Raises:
-        UserError: there is nothing at `path`, it is no diffusers pipeline, or not a flow-matching transformer.
+        UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, or
+            not a flow-matching transformer.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
-    absent = {name: None for name, component in index.items() if component == [None, None]}
+    given = {name: None for name, component in index.items() if component == [None, None]} | (components or {})
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, dtype=dtype, **where, **absent)
+        # Pickles can run any code when they are loaded.
+        how = {"variant": variant, "dtype": dtype, "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(path, **how, **where, **given)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 import jinja2
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.student import read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.teacher_card import is_hub_id, is_non_commercial
 
 
+REPORT_FILE = "report.json"
+GRID_FILE = "grid.png"
 METHODS = {
     "sid": {
         "name": "SiD-DiT (score identity distillation)",
@@ -33,78 +35,150 @@ METHODS = {
 # Arguments that say how and where a run was made, not what was trained.
 NOT_HYPERPARAMETERS = re.compile(
     "config$|pretrained_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"
-    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|teacher_weights"
+    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|teacher_weights|"
+    "images_seen|dataset_|caption_column|dry_run|images_per_second"
 )
 COLUMNS = {
     "pipeline": ("pipeline", str),
     "num_steps": ("steps", str),
     "guidance_scale": ("guidance", "{:g}".format),
     "accuracy": ("accuracy", "{:.1%}".format),
+    "geneval": ("GenEval", "{:.3f}".format),
+    "clip_score": ("CLIP score", "{:.3g}".format),
     "fid": ("FID", "{:.1f}".format),
     "forwards_per_image": ("transformer forwards per image", "{:g}".format),
     "seconds_per_image": ("seconds per image", "{:.3g}".format),
 }
+DEFAULTS = {  # of what an export has not always noted
+    "shared_components": "copied",
+    "teacher_card": {},
+    "run": {},
+    "published_by": None,
+    "example_prompt": None,
+    "grid_prompts": [],
+}
+METRICS = ("accuracy", "geneval", "clip_score", "fid")  # columns that are a result, for the Hub's model-index
 
 
-def write_card(folder, *, report=None, protocol=None, example_prompt="a photograph of a red fox") -> Path:
-    """Render README.md of an exported student from the settings in its training_args.json.
+def _hours(hours) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
-    Args:
-        folder: of the student. If it holds a grid.png, the card shows it.
-        report: rows of an evaluation: mappings with any of pipeline, num_steps, guidance_scale, accuracy,
-            accuracy_by_category (a mapping), fid, forwards_per_image, seconds_per_image. Without rows, no table.
-        protocol: a sentence or two on how these numbers were measured.
-        example_prompt: what the snippets ask for.
+
+FACTS = {
+    "images_seen": ("images seen", "{:,}".format),
+    "hardware": ("hardware", str),
+    "training_hours": ("hours of updates", _hours),
+    "device_hours": ("cost in device hours", _hours),
+}
+
+
+def write_card(folder) -> Path:
+    """Render README.md of an exported student from its training_args.json, and report.json and grid.png if there.
+
+    Raises:
+        UserError: if `folder` holds no exported student, or a report that cannot be read.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
+    settings = read_settings(folder) if folder.is_dir() else None
     if settings is None:
         raise UserError(f"{folder} holds no exported student: a card can be written for nothing else.")
-    student, training_args = settings["student"], settings["training_args"]
-    content = _template("student.md").render(
-        metadata=card_data(student).to_yaml(),
-        student=student,
-        method=METHODS[student["method"]],
-        location=student["repo_id"] or folder.resolve().name,
-        call=call_arguments(student["call_defaults"]),
-        prompt=json.dumps(example_prompt, ensure_ascii=False),
-        grid="grid.png" if (folder / "grid.png").exists() else None,
-        protocol=protocol,
-        evaluation=evaluation_table(report or []),
-        categories=category_table(report or []),
-        sizes=", ".join(f"{height}x{width}" for height, width in training_args.get("aspect_ratio_buckets") or []),
-        hyperparameters=hyperparameter_table(training_args),
-    )
-    card = ModelCard(content)
-    card.save(folder / "README.md")
+    report = read_report(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else {"rows": []}
+    location = settings["student"].get("repo_id") or folder.resolve().name
+    grid = GRID_FILE if (folder / GRID_FILE).exists() else None
+    ModelCard(render_card(settings, report, location=location, grid=grid)).save(folder / "README.md")
     return folder / "README.md"
 
 
-def card_data(student) -> ModelCardData:
-    """The card's metadata. A teacher from a local folder is no `base_model`: the Hub takes ids only."""
-    base_model = student["base_model"]
-    return ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license=student["license"],
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        tags=["text-to-image", "diffusers", "flow-matching", "distillation", "few-step", "hf_flowdistill"],
+def render_card(settings, report, *, location, grid=None) -> str:
+    """The text of a card.
+
+    Args:
+        settings: of training_args.json.
+        report: as `read_report` returns it.
+        location: what the snippets load: an id or the name of a folder.
+        grid: name of a picture.
+    """
+    student, training_args = {**DEFAULTS, **settings["student"]}, settings["training_args"]
+    return _template("student.md").render(
+        metadata=card_data(student, training_args, report, location).to_yaml(),
+        student=student,
+        method=METHODS[student["method"]],
+        location=location,
+        call=call_arguments(student["call_defaults"]),
+        absent="".join(f"{name}=None, " for name in student["absent_components"]),
+        prompt=json.dumps(student["example_prompt"] or "a photograph of a red fox", ensure_ascii=False),
+        grid=grid,
+        licence={**dict.fromkeys(("license", "license_name", "license_link", "gated")), **student["teacher_card"]},
+        non_commercial=is_non_commercial(student["teacher_card"]),
+        protocol=report.get("protocol"),
+        evaluation=evaluation_table(report["rows"]),
+        categories=category_table(report["rows"]),
+        facts=_table(
+            ["", ""],
+            [[name, show(student["run"][key])] for key, (name, show) in FACTS.items() if student["run"].get(key)],
+        ),
+        sizes=", ".join(f"{height}x{width}" for height, width in training_args.get("aspect_ratio_buckets") or []),
+        hyperparameters=hyperparameter_table(training_args),
     )
 
 
-def is_hub_id(name) -> bool:
-    """Whether `name` can only be meant as organisation/name on the Hub."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+def card_data(student, training_args, report, location) -> ModelCardData:
+    """The card's metadata. A teacher or a dataset from a local folder is not in it: the Hub takes ids only."""
+    base_model, dataset = student["base_model"], training_args.get("dataset_name")
+    prompts = student["grid_prompts"] or [prompt for prompt in [student["example_prompt"]] if prompt]
+    results = eval_results(student, report)
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        tags=["text-to-image", "diffusers", "flow-matching", "distillation", "few-step", "hf_flowdistill"],
+        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
+        widget=[{"text": prompt} for prompt in prompts] or None,
+        model_name=location.split("/")[-1] if results else None,
+        eval_results=results or None,
+        **{name: value for name, value in student["teacher_card"].items() if name != "gated"},
+    )
 
 
-def local_license(teacher) -> str | None:
-    """The licence that the card in a local teacher's folder states, if there is one that can be read."""
-    readme = Path(teacher) / "README.md"
+def eval_results(student, report) -> list[EvalResult]:
+    """The metrics of the student's own number of steps, if it is said on what they were measured."""
+    dataset = report.get("dataset")
+    rows = [r for r in report["rows"] if r.get("pipeline") == "student" and r.get("num_steps") == student["num_steps"]]
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=re.sub(r"[^\w/.-]+", "-", dataset).lower(),
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=COLUMNS[metric][0],
+            metric_value=row[metric],
+        )
+        for row in rows[:1]
+        for metric in METRICS
+        if dataset and row.get(metric) is not None
+    ]
+
+
+def read_report(path) -> dict:
+    """An evaluation: {"rows": [...], "protocol": ..., "dataset": ...}, or the rows alone.
+
+    A row is a mapping with any of pipeline ("teacher", "undistilled", "student"), num_steps, guidance_scale, accuracy,
+    accuracy_by_category (a mapping), geneval, clip_score, fid, forwards_per_image, seconds_per_image. `protocol` is a
+    sentence or two on how they were measured, `dataset` the name of what on.
+
+    Raises:
+        UserError: if it is not that.
+    """
     try:
-        return ModelCard.load(readme).data.license if readme.is_file() else None
-    except (OSError, TypeError, ValueError, yaml.YAMLError):  # No reason to lose a finished training.
-        return None
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the report {path} cannot be read: {error}.") from None
+    report = {"rows": report} if isinstance(report, list) else report
+    rows = report.get("rows") if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"the report {path} must be a list of rows, or a mapping with 'rows'.")
+    return report
 
 
 def call_arguments(call_defaults) -> str:

@@ -5,24 +5,25 @@
 import copy
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 import diffusers
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 
 import hf_flowdistill
-from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.card import is_hub_id, local_license, write_card
-from hf_flowdistill.hub.student import SETTINGS_FILE, read_settings, render_pipeline, student_scheduler
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.hub.card import GRID_FILE, REPORT_FILE, read_report, write_card
+from hf_flowdistill.hub.secrets import without_secrets
+from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_settings
+from hf_flowdistill.hub.student import render_pipeline, student_scheduler
+from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
 from hf_flowdistill.teachers.watch import guiders
 
 
 GUIDANCE_OFF = {"guidance_scale": 1.0}
-SECRET_NAMES = re.compile("token|secret|password|api_?key", re.IGNORECASE)
-PATH_NAMES = re.compile("(dir|file|path|config|checkpoint)s?$")
-SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 def export_student(
@@ -35,12 +36,19 @@ def export_student(
     guidance_off=None,
     pipeline_kwargs=None,
     dtype=None,
+    shared_components="copied",
     teacher=None,
+    teacher_revision=None,
     license=None,
     training_args=None,
+    run=None,
     method="sid",
     repo_id=None,
-    **card,
+    published_by=None,
+    example_prompt=None,
+    grid=None,
+    grid_prompts=(),
+    report=None,
 ) -> Path:
     """Write `pipeline` with the student's transformer, sampler, pipeline.py, settings and card into `output_dir`.
 
@@ -54,18 +62,26 @@ def export_student(
             `{"guidance_scale": 1.0}`.
         pipeline_kwargs: further arguments of the call that the student was trained with, which become its defaults.
         dtype: of the transformer's weights; default: as they are.
+        shared_components: "copied": text encoders and VAE too, so that the student loads by itself; "referenced": what
+            is the student's own only, to be loaded with the rest of a teacher that is on the Hub.
         teacher: Hub id or path for the card; default: where `pipeline` was loaded from.
-        license: of the teacher, hence of the student; default: what the card in a local teacher's folder says.
+        teacher_revision: of the teacher on the Hub.
+        license: identifier of the student's licence; default: what the teacher's card says.
         training_args: mapping for training_args.json. Secrets and the directories of absolute paths are left out.
+        run: what the training measured, for the card: any of images_seen, hardware, training_hours, device_hours.
         repo_id: where the student will be published, for the card's snippets.
-        card: further arguments of `card.write_card`: report, protocol, example_prompt.
+        published_by: id of the repository that the weights come from, if somebody else has trained them.
+        example_prompt: what the card's snippets ask for.
+        grid: a PIL image, or the path of a PNG, of samples, with `grid_prompts`, one for each row.
+        report: an evaluation or the path of one, see `card.read_report`.
 
     Returns:
         The folder.
 
     Raises:
         UserError: if `output_dir` holds something else than an earlier export, if the pipeline's class is not one of
-            diffusers', or if its call does not take an argument of `pipeline_kwargs`.
+            diffusers', if its call does not take an argument of `pipeline_kwargs`, if components are to be referenced
+            of a teacher that is not on the Hub, if the report cannot be read, or if the disk is full.
         TypeError: if `transformer` is not of the class of the pipeline's transformer.
     """
     folder = check_export_dir(output_dir)
@@ -79,6 +95,8 @@ def export_student(
     absent = [name for name, part in pipeline.components.items() if part is None and name not in optional]
     code = render_pipeline(type(pipeline), noise_type, call_defaults, absent)
     teacher = str(teacher or pipeline.config.get("_name_or_path") or base)
+    check_shared_components(shared_components, teacher)
+    report = read_report(report) if isinstance(report, str | Path) else report
 
     student = copy.copy(pipeline)
     student._optional_components = [*optional, *absent]
@@ -86,11 +104,13 @@ def export_student(
     if type(transformer) is not type(pipeline.transformer):
         raise TypeError(f"the student's {type(transformer).__name__} is no {type(pipeline.transformer).__name__}.")
     num_train_timesteps = pipeline.scheduler.config.get("num_train_timesteps", 1000)
-    student.register_modules(
-        transformer=transformer,
-        scheduler=student_scheduler(num_steps, noise_type, num_train_timesteps),
+    own = {
+        "transformer": transformer,
+        "scheduler": student_scheduler(num_steps, noise_type, num_train_timesteps),
         **{name: _switched_off(getattr(pipeline, name)) for name in guiders(pipeline)},
-    )
+    }
+    student.register_modules(**own)
+    teacher_card = {"license": license} if license else read_teacher_card(teacher, teacher_revision)
     settings = {
         "exported_by": f"hf_flowdistill {hf_flowdistill.__version__}",
         "student": {
@@ -99,25 +119,57 @@ def export_student(
             "noise_type": noise_type,
             "call_defaults": call_defaults,
             "absent_components": absent,
+            "shared_components": shared_components,
+            "own_components": {name: type(component).__name__ for name, component in own.items()},
             "dtype": str(transformer.dtype).removeprefix("torch."),
             "teacher": teacher if is_hub_id(teacher) else Path(teacher).name,
             "base_model": teacher if is_hub_id(teacher) else None,
-            "license": license or local_license(teacher),
+            "teacher_revision": teacher_revision,
+            "teacher_card": teacher_card,
             "method": method,
+            "run": run or {},
             "repo_id": repo_id,
+            "published_by": published_by,
+            "example_prompt": example_prompt,
+            "grid_prompts": list(grid_prompts) if grid is not None else [],
         },
         "training_args": without_secrets(training_args or {}),
     }
 
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    student.save_pretrained(unfinished)
-    _forget_origin(unfinished)
-    (unfinished / "pipeline.py").write_text(code)
-    (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str) + "\n")
-    _move_contents(unfinished, folder)
-    write_card(folder, **card)
+    try:
+        if shared_components == "copied":
+            student.save_pretrained(unfinished)
+        else:
+            for name, component in own.items():
+                component.save_pretrained(unfinished / name)
+        _forget_origin(unfinished)
+        (unfinished / "pipeline.py").write_text(code, encoding="utf-8")
+        write_settings(unfinished, settings)
+        add_results(unfinished, report=report, grid=grid)
+        _move_contents(unfinished, folder)
+        write_card(folder)
+    except (OSError, SafetensorError) as error:  # no room, above all
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {first_line(error)}; make room, or choose another.") from error
     return folder
+
+
+def check_shared_components(shared_components, teacher) -> None:
+    """Refuse to refer to components of a teacher that nobody else can load."""
+    if shared_components == "referenced" and not is_hub_id(str(teacher)):
+        raise UserError(f"components of {teacher} cannot be referenced, since it is not on the Hub: copy them.")
+
+
+def add_results(folder, *, report=None, grid=None) -> None:
+    """Add an evaluation (its path, or what `card.read_report` returns) and a picture (path or PIL) to a student."""
+    if report is not None:
+        report = report if isinstance(report, dict) else read_report(report)
+        Path(folder, REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if grid is not None:
+        grid = Image.open(grid) if isinstance(grid, str | Path) else grid
+        grid.save(Path(folder, GRID_FILE))
 
 
 def check_export_dir(output_dir) -> Path:
@@ -128,35 +180,6 @@ def check_export_dir(output_dir) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and read_settings(folder) is None:
         raise UserError(f"{folder} is not empty and holds no earlier export of a student: choose another folder.")
     return folder
-
-
-def without_secrets(arguments) -> dict:
-    """`arguments` as they may be published: no tokens, wherever they are, and no directories of this machine."""
-    removed = [value for name, value in os.environ.items() if name.startswith("HF_TOKEN")] + _secrets(arguments)
-    secrets = [value for value in removed if isinstance(value, str) and len(value) > 5]
-
-    def clean(value, name=""):
-        if isinstance(value, dict):
-            return {k: clean(v, str(k)) for k, v in value.items() if not SECRET_NAMES.search(str(k))}
-        if isinstance(value, list | tuple):
-            return [clean(item, name) for item in value]
-        if isinstance(value, str | Path):
-            value = str(value)
-            for secret in secrets:
-                value = value.replace(secret, "[removed]")
-            value = SECRET_VALUES.sub("[removed]", value)
-            # A leading slash alone may mean something else, in a prompt for instance.
-            is_path = os.path.isabs(value) and (PATH_NAMES.search(name) or os.path.exists(value))
-            return Path(value).name if is_path else value
-        return value
-
-    return clean(dict(arguments))
-
-
-def _secrets(arguments) -> list:
-    """The values of all names that say so, in nested mappings too."""
-    found = [value for name, value in arguments.items() if SECRET_NAMES.search(str(name))]
-    return sum([_secrets(value) for value in arguments.values() if isinstance(value, dict)], found)
 
 
 def _switched_off(guider):
@@ -190,13 +213,18 @@ def _forget_origin(folder) -> None:
 
 
 def _move_contents(source, target) -> None:
-    """Everything in `source` into `target`, in place of what has the same name there.
+    """Everything in `source` into `target`, in place of the components and files of an earlier export there.
 
     The settings go first: what a kill leaves behind is then known as an export of ours, which the next one replaces.
     The index goes last: without it nothing loads what is only half there.
     """
     order = {SETTINGS_FILE: -1, "model_index.json": 1}
     target.mkdir(parents=True, exist_ok=True)
+    earlier = [file.parent for file in target.glob("*/*config.json")]
+    for folder in {folder for folder in earlier if not (source / folder.name).exists()}:
+        shutil.rmtree(folder)
+    if not (source / "model_index.json").exists():
+        (target / "model_index.json").unlink(missing_ok=True)
     for entry in sorted(source.iterdir(), key=lambda entry: order.get(entry.name, 0)):
         old = target / entry.name
         if old.is_dir():

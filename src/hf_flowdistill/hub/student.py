@@ -6,20 +6,17 @@ import ast
 import copy
 import importlib.util
 import inspect
-import json
 import re
 import tempfile
 from pathlib import Path
 
+import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.hub.settings import read_settings  # noqa: F401  (where scripts look for it)
+from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.rollout import NOISE_TYPES
-
-
-SETTINGS_FILE = "training_args.json"
 
 
 def student_scheduler(num_steps, noise_type="fresh", num_train_timesteps=1000) -> FlowMatchEulerDiscreteScheduler:
@@ -73,20 +70,25 @@ def _is_literal(value) -> bool:
         return False
 
 
-def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
-    """What the export wrote into training_args.json of a student's folder or Hub repository; None if there is none."""
-    file = Path(path) / SETTINGS_FILE
-    if not Path(path).exists():
-        try:
-            file = Path(hf_hub_download(str(path), SETTINGS_FILE, revision=revision, cache_dir=cache_dir))
-        except (EntryNotFoundError, OSError, ValueError):  # Loading the pipeline will say what is wrong.
-            return None
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(settings, dict) and str(settings.get("exported_by", "")).startswith("hf_flowdistill")
-    return settings if ours else None
+def load_student(path, settings, *, dtype, revision=None, variant=None, cache_dir=None):
+    """The student at `path` with the stock class, and with its teacher's components where it refers to those.
+
+    Args:
+        path: a folder or an id on the Hub.
+        settings: of the student, from `read_settings`.
+    """
+    student, where = settings["student"], {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    if student.get("shared_components") != "referenced":
+        return load_pipeline(path, dtype=dtype, **where)
+    weights = {"dtype": dtype, "use_safetensors": True}
+    parts = {
+        name: getattr(diffusers, kind).from_pretrained(
+            path, subfolder=name, **(where | weights if name == "transformer" else where)
+        )
+        for name, kind in student["own_components"].items()
+    }
+    teacher = {"revision": student["teacher_revision"], "cache_dir": cache_dir}
+    return load_pipeline(student["base_model"], dtype=dtype, components=parts, **teacher)
 
 
 def few_step_pipeline(pipeline, settings):

@@ -9,10 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import diffusers
-import transformers
 import yaml
-from diffusers.training_utils import parse_buckets_string
 
 from hf_flowdistill.errors import UserError
 
@@ -56,6 +53,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def silence_libraries() -> None:
     """Errors only from diffusers and transformers, and no bars of loaded weights: a script has one bar, its own."""
+    import diffusers
+    import transformers  # both here, since they take seconds that not every command has to wait
+
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -74,6 +74,8 @@ def json_object(text: str) -> dict:
 
 def image_sizes(text: str) -> list[tuple[int, int]]:
     """The type of an argument that lists sizes as diffusers' scripts do: (height, width) of "512,512;384,680"."""
+    from diffusers.training_utils import parse_buckets_string  # here for the same reason
+
     try:
         with warnings.catch_warnings():  # of what is not divisible by 8; the pipeline itself says what it can make
             warnings.simplefilter("ignore")

@@ -139,6 +139,27 @@ def _seen(line: str) -> float:
         return math.inf
 
 
+def describe_hardware(accelerator) -> dict:
+    """What the training runs on: "hardware" in words, "processes"."""
+    cuda = accelerator.device.type == "cuda"
+    name = torch.cuda.get_device_name(accelerator.device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
+    return {"hardware": f"{accelerator.num_processes} x {name}", "processes": accelerator.num_processes}
+
+
+def training_facts(output_dir, state) -> dict:
+    """A run's cost up to `state`, as far as it is known: images_seen, hardware, and the updates' hours."""
+    seen, file = state["images_seen"], Path(output_dir, "metrics.jsonl")
+    facts = {"images_seen": seen, "hardware": state.get("hardware")}
+    records = (
+        [json.loads(line) for line in file.read_text().splitlines() if _seen(line) <= seen] if file.exists() else []
+    )
+    if records and seen == records[-1]["images_seen"]:
+        images = state["settings"]["images_per_update"]
+        facts["training_hours"] = sum(images / record["images_per_second"] for record in records) / 3600
+        facts["device_hours"] = facts["training_hours"] * state.get("processes", 0)
+    return {name: value for name, value in facts.items() if value}
+
+
 def save_image(accelerator, image, folder, images_seen: int) -> None:
     """Write a PIL image to `folder`/images-<images_seen>.png and give it to the trackers that take images."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -147,6 +168,12 @@ def save_image(accelerator, image, folder, images_seen: int) -> None:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if tracker.name in ("tensorboard", "wandb"):
             tracker.log_images({Path(folder).name: np.asarray(image)[None]}, step=images_seen, **layout)
+
+
+def last_sheet(output_dir, state) -> Path | None:
+    """The sheet of samples that was drawn at `state`, if one was."""
+    sheet = Path(output_dir, "validation", f"images-{state['images_seen']}.png")
+    return sheet if sheet.is_file() else None
 
 
 def tracker_config(args) -> dict:

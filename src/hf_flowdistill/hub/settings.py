@@ -1,0 +1,32 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What the export notes of a student, in its training_args.json."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+
+SETTINGS_FILE = "training_args.json"
+
+
+def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
+    """What the export wrote into training_args.json of a student's folder or Hub repository; None if there is none."""
+    file = Path(path) / SETTINGS_FILE
+    if not Path(path).exists():
+        try:
+            file = Path(hf_hub_download(str(path), SETTINGS_FILE, revision=revision, cache_dir=cache_dir))
+        except (EntryNotFoundError, OSError, ValueError):  # Loading the pipeline will say what is wrong.
+            return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(settings, dict) and str(settings.get("exported_by", "")).startswith("hf_flowdistill")
+    return settings if ours else None
+
+
+def write_settings(folder, settings: dict) -> None:
+    Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
