@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Stopping, going on and being killed, through the real script and the real launcher: the bits are the same."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -122,3 +123,54 @@ def test_killed_in_the_middle_of_a_checkpoint(uninterrupted, tmp_path):
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-16"]
     same_bits(uninterrupted / "checkpoint-16", output_dir / "checkpoint-16")
     same_metrics(uninterrupted, output_dir)
+
+
+KILLED_AT_ANY_TIME = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from score_distillation import train_sid_dit
+from training_helpers import quiet
+
+output_dir, *arguments = sys.argv[1:]
+moments, train = random.Random(0), train_sid_dit.train
+unfinished, lost = 0, []
+
+for life in range(20):  # forked, as imports take longer than all the rest
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        train_sid_dit.train = lambda run: (os.write(writer, b"x"), train(run))[1]
+        with quiet():
+            train_sid_dit.main([*arguments, "--resume_from_checkpoint=latest"])
+    os.close(writer)
+    assert os.read(reader, 1) == b"x"
+    time.sleep(0.3 * moments.random())
+    while life % 2 and not any(Path(output_dir).glob("checkpoint-*.tmp")):
+        time.sleep(0.0005)
+    time.sleep(0.01 * moments.random())
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    unfinished += any(Path(output_dir).glob("checkpoint-*.tmp"))
+    trained = json.loads(Path(output_dir, "metrics.jsonl").read_text().rstrip().split("\\n")[-1])["images_seen"]
+    saved = [int(p.name.split("-")[1]) for p in Path(output_dir).glob("checkpoint-*") if not p.name.endswith(".tmp")]
+    lost.append(trained - max(saved, default=0))
+
+print(json.dumps({"trained": trained, "lost": lost, "unfinished": unfinished}))
+"""
+
+
+def test_killed_twenty_times(tmp_path):
+    """At random moments of training, half of them while a checkpoint is written; what comes of it is the same run."""
+    settings = {"num_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "checkpointing_images": 2}
+    settings["checkpoints_total_limit"] = 2
+    arguments = script_arguments(tmp_path / "killed", **settings, max_train_images=10**6)
+    killed = run_command("-c", KILLED_AT_ANY_TIME, tmp_path / "killed", *arguments)
+    told = json.loads(killed.stdout.splitlines()[-1])
+    print(told)
+    assert max(told["lost"]) <= settings["checkpointing_images"] and told["unfinished"] > 3
+    end = {**settings, "max_train_images": told["trained"] + 4}
+    run_command(SCRIPT, *script_arguments(tmp_path / "killed", **end, resume_from_checkpoint="latest"))
+    run_command(SCRIPT, *script_arguments(tmp_path / "whole", **end))
+    same_metrics(tmp_path / "killed", tmp_path / "whole")
+    name = f"checkpoint-{end['max_train_images']}"
+    same_bits(tmp_path / "killed" / name, tmp_path / "whole" / name)
