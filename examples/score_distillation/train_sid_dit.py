@@ -49,7 +49,7 @@ from hf_flowdistill.training.distributed import (
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
-from hf_flowdistill.training.sharding import SHARDINGS, Sharding, process_group_backend
+from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
@@ -284,6 +284,7 @@ def plan(args, prompts, accelerator):
     """What would run, from configurations alone, and that it can as far as these tell."""
     if not accelerator.is_main_process:
         return
+    processes = args.dry_run or accelerator.num_processes
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
@@ -294,11 +295,13 @@ def plan(args, prompts, accelerator):
             pipeline_kwargs=args.pipeline_kwargs,
             weight_dtype=getattr(torch, args.weight_dtype),
             autocast=accelerator.mixed_precision,
+            shards=count_shards(args.sharding, processes),
+            cpu_offload=args.cpu_offload,
             prompts=len(set(prompts)),
             max_train_images=args.max_train_images,
             batch_size=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
-            processes=args.dry_run or accelerator.num_processes,
+            processes=processes,
             images_per_second=args.images_per_second,
         )
     )

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from hf_flowdistill.errors import first_line
-from hf_flowdistill.training.distributed import copy_whole
+from hf_flowdistill.training.distributed import copy_whole, is_distributed
 
 
 def are_sharded(networks: dict) -> bool:
@@ -100,7 +100,7 @@ def read_shards(folder: Path, networks: dict, optimizers: dict) -> None:
             places[key] = name, index, value
             state[key] = _room(stored, parameter)
     try:
-        dcp.load(state, storage_reader=reader)
+        dcp.load(state, storage_reader=reader, no_dist=not is_distributed())
     except CheckpointException as error:
         raise OSError(_reason(error)) from error
     for name, optimizer in optimizers.items():

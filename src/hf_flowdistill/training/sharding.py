@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks import plain_copy
 from hf_flowdistill.planning import sharding_units
 from hf_flowdistill.training.distributed import local
@@ -26,6 +27,12 @@ def process_group_backend(cpu_offload: bool) -> str:
     return "cuda:nccl,cpu:gloo" if cpu_offload and torch.cuda.is_available() else "nccl"  # the latter is the default
 
 
+def count_shards(kind: str, processes: int) -> int:
+    """In how many parts networks are, for a plan of `processes`; machines have 8 where the launcher does not say."""
+    machine = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", 8)))
+    return {"none": 1, "full": processes, "hybrid": machine}[kind]
+
+
 class Sharding:
     """How networks lie on the processes: whole on each of them, or in shards.
 
@@ -35,6 +42,9 @@ class Sharding:
             "hybrid": so within a machine, and every machine holds the same.
         device: of this process.
         cpu_offload: what `copy` makes, and so its gradients and the states of its optimizer, waits in main memory.
+
+    Raises:
+        UserError: "hybrid" without knowing which processes share a machine.
 
     A sharded network has every parameter as a DTensor. Its gradients are reduced in float32, and optimizers are made
     of its parameters like of any others. Modules that are added to it later, such as adapters, stay whole.
@@ -52,7 +62,12 @@ class Sharding:
         if kind == "full":
             self.mesh = init_device_mesh(self.device.type, (size,), mesh_dim_names=("shard",))
             return
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if size == 1 else 0))
+        if not on_this_machine or size % on_this_machine:
+            raise UserError(
+                "hybrid sharding needs equally many processes on every machine, and a launcher that tells how many "
+                "(LOCAL_WORLD_SIZE): launch with accelerate or torchrun, or use --sharding full."
+            )
         self.mesh = init_device_mesh(
             self.device.type, (size // on_this_machine, on_this_machine), mesh_dim_names=("replicate", "shard")
         )
@@ -67,14 +82,24 @@ class Sharding:
 
         Only the main process reads the transformer's weights, into main memory. The others have only what they hold
         of it, so all networks together are in main memory once and not once for each process.
+
+        Raises:
+            UserError: on all processes, what `load` raises on the main one.
         """
         if self.mesh is None:
             return load().to(self.device)
-        pipeline = load() if self.is_main else None
-        shell = [_hollow(pipeline.transformer, torch.device("meta")) if self.is_main else None]
-        dist.broadcast_object_list(shell, src=0)
+        pipeline, message = None, [None]
+        if self.is_main:
+            try:
+                pipeline = load()
+                message = [_hollow(pipeline.transformer, torch.device("meta"))]
+            except UserError as error:
+                message = [error]
+        dist.broadcast_object_list(message, src=0)
+        if isinstance(message[0], UserError):
+            raise message[0]
         if not self.is_main:
-            pipeline = load(transformer=shell[0])
+            pipeline = load(transformer=message[0])
         pipeline.transformer = self.shard(pipeline.transformer)
         return pipeline.to(self.device)
 
