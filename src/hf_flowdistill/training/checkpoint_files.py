@@ -6,6 +6,7 @@ Whole, each network is a safetensors file and each optimizer one of `torch.save`
 `torch.distributed.checkpoint`, of which every process writes what it holds.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -100,7 +101,9 @@ def read_shards(folder: Path, networks: dict, optimizers: dict) -> None:
             places[key] = name, index, value
             state[key] = _room(stored, parameter)
     try:
-        dcp.load(state, storage_reader=reader, no_dist=not is_distributed())
+        with warnings.catch_warnings():  # that one process reads all of it, as it is meant to
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=reader, no_dist=not is_distributed())
     except CheckpointException as error:
         raise OSError(_reason(error)) from error
     for name, optimizer in optimizers.items():
