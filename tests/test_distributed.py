@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Two processes compute what one does."""
 
+import contextlib
 import copy
 import math
 import shutil
@@ -15,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+from teacher_cases import learned
 from training_helpers import (
     SCRIPT,
     largest_difference,
@@ -28,9 +30,10 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks import check_gradient_checkpointing, load_pipeline
+from hf_flowdistill.teachers import encode_prompts
 from hf_flowdistill.training.checkpointing import find_resume, load_checkpoint
-from hf_flowdistill.training.distributed import check_accelerator, check_world_size
+from hf_flowdistill.training.distributed import check_accelerator, check_world_size, sample_noise
 from hf_flowdistill.training.optimizers import build_optimizer
 
 
@@ -120,6 +123,28 @@ def test_what_changes_memory_changes_nothing_else(change, one, prompts, tmp_path
     run_here(*script_arguments(tmp_path / "run", *flags.get(change, []), **arguments))
     same_run(one, tmp_path / "run")
     same_checkpoint(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("sd3", None),
+        ("chroma", "computes something else in ChromaTransformer2DModel"),
+        ("lumina", "cannot recompute the activations of LuminaNextDiT2DModel"),
+    ],
+)
+def test_gradient_checkpointing_that_changes_the_result(name, refused):
+    """In the installed diffusers, Chroma's leaves out the mask of the text, and Lumina has none."""
+    teacher = learned(name)
+    conditional, _ = encode_prompts(teacher.pipeline, teacher.contract, ["red circle"])
+    noise = sample_noise(teacher.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0])
+
+    def predict(network):
+        return teacher.contract.velocity(network, noise, torch.tensor([0.5]), conditional)
+
+    network = copy.deepcopy(teacher.pipeline.transformer)
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+        check_gradient_checkpointing(network, predict)
 
 
 def test_sharded_is_unsharded(one, sharded):

@@ -192,12 +192,16 @@ for life in range(20):  # forked, as imports take longer than all the rest
     process = os.fork()
     if process == 0:
         train_sid_dit.train = lambda run: (os.write(writer, b"x"), train(run))[1]
-        with quiet():
-            train_sid_dit.main([*arguments, "--resume_from_checkpoint=latest"])
+        try:
+            with quiet():
+                train_sid_dit.main([*arguments, "--resume_from_checkpoint=latest"])
+        finally:
+            os._exit(1)
     os.close(writer)
     assert os.read(reader, 1) == b"x"
     time.sleep(0.4 * moments.random())
     while life % 2 and not any(Path(output_dir).glob("checkpoint-*.tmp")):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.0005)
     time.sleep(0.01 * moments.random())
     os.kill(process, signal.SIGKILL)

@@ -31,7 +31,13 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
+from hf_flowdistill.networks import (
+    Networks,
+    check_gradient_checkpointing,
+    load_pipeline,
+    move_all_but_transformer,
+    weights_digest,
+)
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, learn_contract
@@ -372,6 +378,8 @@ def main(input_args=None):
     move_all_but_transformer(run.pipeline, "cpu" if accelerator.is_main_process else "meta")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
+    if args.gradient_checkpointing:
+        check_gradient_checkpointing(teacher, functools.partial(predict_once, run))
     run.networks = Networks.from_teacher(teacher, getattr(torch, args.weight_dtype), run.sharding.copy)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
@@ -399,6 +407,15 @@ def main(input_args=None):
     if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def predict_once(run, network):
+    """One prediction of `network`: the velocity at sigma 0.5 of what the first prompt's noise is there."""
+    x_t = sample_noise(
+        run.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=run.accelerator.device
+    )
+    with run.accelerator.autocast():
+        return run.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), run.conditional[[0]].to(x_t.device))
 
 
 def read_training_prompts(args):

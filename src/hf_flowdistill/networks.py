@@ -86,6 +86,35 @@ def move_all_but_transformer(pipeline, device) -> None:
             component.to(device)
 
 
+def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[torch.nn.Module], torch.Tensor]) -> None:
+    """Freeze `network` and compare `predict(network)` without gradient checkpointing and with it; then it is off.
+
+    diffusers writes it anew for every class, and for some it fails or leaves out an argument of the blocks.
+
+    Raises:
+        UserError: it fails, or changes what is predicted.
+    """
+    name = type(network).__name__
+    network.requires_grad_(False)
+    with torch.enable_grad():
+        expected = predict(network)
+        try:
+            network.enable_gradient_checkpointing()
+            found = predict(network)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the installed diffusers cannot recompute the activations of {name} ({first_line(error)}): "
+                "leave out --gradient_checkpointing."
+            ) from error
+    network.disable_gradient_checkpointing()
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference < 1e-3:
+        raise UserError(
+            f"with gradient checkpointing the installed diffusers computes something else in {name} (relative "
+            f"difference {difference:.1e}): leave out --gradient_checkpointing."
+        )
+
+
 def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A copy of a network that is not sharded, in `dtype`."""
     return copy.deepcopy(network).to(dtype)
