@@ -13,8 +13,6 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from teacher_cases import learned
 from training_helpers import (
@@ -255,14 +253,10 @@ def test_processes_that_accelerate_did_not_start(monkeypatch):
     [("1_gpu", 1, 1), ("2_gpus", 2, 1), ("4_gpus", 4, 1), ("8_gpus", 8, 1), ("2_nodes", 16, 2)],
 )
 def test_configurations_of_accelerate(name, processes, machines):
-    config = load_config_from_file(SCRIPT.parent / "accelerate_configs" / f"{name}.yaml")
+    config = load_config_from_file(str(SCRIPT.parent / "accelerate_configs" / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
     assert config.distributed_type == ("MULTI_GPU" if processes > 1 else "NO") and not config.use_cpu
-    launch = launch_command_parser().parse_args([str(SCRIPT)])
-    vars(launch).update(vars(config))
-    if processes > 1:
-        prepare_multi_gpu_env(launch)
-        assert (launch.nproc_per_node, launch.nnodes or 1) == (str(processes // machines), str(machines))
+    assert (config.main_process_ip is not None) == (machines > 1)  # without it the machines do not find each other
 
 
 def test_launches_that_would_be_computed_wrongly():

@@ -207,7 +207,8 @@ for life in range(20):  # forked, as imports take longer than all the rest
     os.kill(process, signal.SIGKILL)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     unfinished += any(Path(output_dir).glob("checkpoint-*.tmp"))
-    lines = Path(output_dir, "metrics.jsonl").read_text().splitlines()
+    metrics = Path(output_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
     trained = json.loads(lines[-1])["images_seen"] if lines else 0
     saved = [int(p.name.split("-")[1]) for p in Path(output_dir).glob("checkpoint-*") if not p.name.endswith(".tmp")]
     lost.append(trained - max(saved, default=0))
