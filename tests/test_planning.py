@@ -14,7 +14,7 @@ from training_helpers import PIPELINE_KWARGS, folder, saved_teacher
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks import Networks, load_pipeline
-from hf_flowdistill.planning import count, describe_shapes, sharding_units, training_memory
+from hf_flowdistill.planning import count, describe_memory, describe_shapes, sharding_units, training_memory
 from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
@@ -185,3 +185,26 @@ def test_embeddings_that_grow_with_the_prompt(monkeypatch):
     shapes = measure_shapes(load_skeleton(path), **size)
     assert shapes.longer_with_prompt and shapes.text_tokens == len("a cat")
     assert describe_shapes(shapes, **size)[1] == "text: 5 tokens, more for longer prompts"
+
+
+def test_memory_of_shards_and_of_what_waits():
+    """An eighth of everything, besides what is gathered; offloaded, the teacher alone stays."""
+    transformer = load_skeleton(published_teacher("sd3.5-large")).transformer
+
+    def table(*lines):
+        rows = [line.rsplit(maxsplit=3) for line in lines if line.startswith("  ") and line.endswith(" GB")]
+        return {
+            " ".join(row[:-3]).strip() if row[-3] in ("bfloat16", "float32") else row[0]: float(row[-2])
+            for row in rows
+        }
+
+    whole, eighth = (table(*describe_memory(transformer, torch.bfloat16, shards)) for shards in (1, 8))
+    block = count(sharding_units(transformer)[0])[0]
+    assert eighth.pop("gathered for a moment, at most") >= 2 * block * 2 / 1e9
+    assert eighth.keys() == whole.keys()
+    assert all(abs(eighth[name] - whole[name] / 8) < 0.011 for name in whole if name != "together")
+    lines = describe_memory(transformer, torch.bfloat16, 8, cpu_offload=True)
+    assert lines[0] == "memory of each process that holds 1/8 of each network, before activations:"
+    split = lines.index("in main memory, of each process:")
+    assert list(table(*lines[:split])) == ["teacher", "gathered for a moment, at most", "together"]
+    assert list(table(*lines[split:])) == [name for name in whole if name != "teacher"]

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -31,7 +31,13 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
+from hf_flowdistill.networks import (
+    Networks,
+    check_gradient_checkpointing,
+    load_pipeline,
+    move_all_but_transformer,
+    weights_digest,
+)
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
@@ -45,15 +51,18 @@ from hf_flowdistill.training.arguments import (
     silence_libraries,
 )
 from hf_flowdistill.training.distributed import (
+    all_ranks_agree,
     check_accelerator,
     check_world_size,
     draw_bucket,
     draw_k,
     global_indices,
     sample_noise,
+    stop_signals,
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
+from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
@@ -88,8 +97,8 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
 )
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
 FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset_config_name caption_column
-conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size
-gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
+conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
+gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
 hub_private_repo resolution dry_run images_per_second""".split()
 
@@ -183,6 +192,14 @@ def parse_args(input_args=None):
         help="of networks, gradients and Adam; bfloat16 is the paper's BF16, which goes without autocast",
     )
     add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
+    add(
+        "--sharding",
+        choices=SHARDINGS,
+        default="none",
+        help="none: every process holds the networks whole; full: in shards over all processes (FSDP2); hybrid: over "
+        "those of one machine",
+    )
+    add("--cpu_offload", action="store_true", help="sharded: generator, fake score and Adam wait in main memory")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sid-dit", metavar="DIR", help="gets checkpoints, metrics.jsonl and student/")
@@ -262,6 +279,8 @@ def check_combinations(args):
         raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
     if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
         raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
+    if args.cpu_offload and args.sharding == "none":
+        raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     shares = args.step_shares
@@ -287,6 +306,7 @@ def plan(args, prompts, accelerator):
     """What would run, from configurations alone, and that it can as far as these tell."""
     if not accelerator.is_main_process:
         return
+    processes = args.dry_run or accelerator.num_processes
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
@@ -298,11 +318,13 @@ def plan(args, prompts, accelerator):
             pipeline_kwargs=args.pipeline_kwargs,
             weight_dtype=getattr(torch, args.weight_dtype),
             autocast=accelerator.mixed_precision,
+            shards=count_shards(args.sharding, processes),
+            cpu_offload=args.cpu_offload,
             prompts=len(set(prompts)),
             max_train_images=args.max_train_images,
             batch_size=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
-            processes=args.dry_run or accelerator.num_processes,
+            processes=processes,
             images_per_second=args.images_per_second,
         )
     )
@@ -316,7 +338,11 @@ def main(input_args=None):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         # the others wait while the main process writes a checkpoint, which can take longer than the default allows
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(process_group_backend(args.cpu_offload), timeout=timedelta(hours=2)),
+            # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
+            AutocastKwargs(cache_enabled=args.sharding == "none"),
+        ],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -348,7 +374,8 @@ def main(input_args=None):
     # ---------------------------------------------------------------- the teacher, and how it talks to its transformer
     run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
     origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    run.pipeline = load_pipeline(args.pretrained_model_name_or_path, **origin).to(accelerator.device)
+    run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
+    run.pipeline = run.sharding.load(functools.partial(load_pipeline, args.pretrained_model_name_or_path, **origin))
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
     contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs)
     run.contract = contracts[0]
@@ -360,20 +387,20 @@ def main(input_args=None):
         checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
+    teacher = run.sharding.release(run.pipeline, getattr(torch, args.weight_dtype))
+
     # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
-    run.buckets = []
-    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
-        run.contract = contract
-        encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
-        run.buckets.append((contract, *encoded))
-    move_all_but_transformer(run.pipeline, "cpu")
+    encode_buckets(run, contracts)
+    move_all_but_transformer(run.pipeline, "cpu" if accelerator.is_main_process else "meta")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
-    run.networks = Networks.from_teacher(run.pipeline.transformer, getattr(torch, args.weight_dtype))
+    if args.gradient_checkpointing:
+        check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
+    run.networks = Networks.from_teacher(teacher, getattr(torch, args.weight_dtype), run.sharding.copy)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
-    run.ema = EMA(run.networks.generator, args.ema_half_life_images)
+    run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
     adam = functools.partial(build_optimizer, betas=(args.adam_beta1, args.adam_beta2), epsilon=args.adam_epsilon)
     run.optimizers = {"generator": adam(run.networks.generator), "fake_score": adam(run.networks.fake_score)}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
@@ -391,17 +418,36 @@ def main(input_args=None):
         f"update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
         f"{args.train_batch_size}"
     )
-    train(run)
+    with stop_signals() as run.stop_signals:
+        finished = train(run)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def predict_once(run, network):
+    """One prediction of `network`: the velocity at sigma 0.5 of what the first prompt's noise is there."""
+    x_t = sample_noise(
+        run.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=run.accelerator.device
+    )
+    with run.accelerator.autocast():
+        return run.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), run.conditional[[0]].to(x_t.device))
 
 
 def read_training_prompts(args):
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
     return read_prompts(args.prompt_file, args.caption_column)
+
+
+def encode_buckets(run, contracts):
+    """Put contract and conditioning of every image size in `run.buckets`; sizes may share the latter."""
+    run.buckets = []
+    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
+        run.contract = contract
+        encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
+        run.buckets.append((contract, *encoded))
 
 
 def use_bucket(run, number):
@@ -438,7 +484,7 @@ def encode_all(run):
 
 
 def train(run):
-    """Fake score, generator, average, until max_train_images."""
+    """Fake score, generator, average, until max_train_images; False if told to stop before."""
     args, state, is_main_process = run.args, run.state, run.accelerator.is_main_process
     images_per_update = state["settings"]["images_per_update"]
     if is_main_process:
@@ -491,15 +537,21 @@ def train(run):
             run.accelerator.log(record, step=state["images_seen"])
             progress.set_postfix_str(PROGRESS.format(**record), refresh=False)
         progress.update(images_per_update)
-        if is_due(run, args.checkpointing_images):
-            if is_main_process:
-                limit = args.checkpoints_total_limit
-                checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
-            run.accelerator.wait_for_everyone()
-        if is_main_process and args.validation_prompts and is_due(run, args.validation_images):
+        stop = not all_ranks_agree(not run.stop_signals, run.accelerator.device)
+        if stop or is_due(run, args.checkpointing_images):
+            limit = args.checkpoints_total_limit
+            written = checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
+        if stop:
+            progress.close()
+            if written is None:
+                raise SystemExit("error: told to stop, but the last steps could not be saved.")
+            logger.info(f"told to stop: {written} is written, go on with --resume_from_checkpoint latest")
+            return False
+        if args.validation_prompts and is_due(run, args.validation_images):
             for number in range(len(run.buckets)):
                 validate(use_bucket(run, number))
     progress.close()
+    return True
 
 
 def run_turn(run, turn, loss_of, k, learning_rate):
@@ -602,6 +654,8 @@ def validate(run):
                 noise_type=args.noise_type,
             )
         latents.append(x0)
+    if not run.accelerator.is_main_process:
+        return
     move_all_but_transformer(run.pipeline, device)
     images = decode(run.pipeline, run.contract, torch.cat(latents))
     move_all_but_transformer(run.pipeline, "cpu")
@@ -613,13 +667,16 @@ def validate(run):
 def save_student(run):
     """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
     args = run.args
+    student = run.sharding.gather(run.ema.model)
+    if not run.accelerator.is_main_process:
+        return
     guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,
         Path(args.output_dir, "student"),
         num_steps=args.num_steps,
-        transformer=run.ema.model,
+        transformer=student,
         noise_type=args.noise_type,
         guidance_off=guidance_off,
         pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},

@@ -62,6 +62,8 @@ def describe_plan(
     pipeline_kwargs: dict[str, Any] | None = None,
     weight_dtype: torch.dtype = torch.float32,
     autocast: str = "no",
+    shards: int = 1,
+    cpu_offload: bool = False,
     prompts: int,
     max_train_images: int,
     batch_size: int,
@@ -75,6 +77,8 @@ def describe_plan(
         aspect_ratio_buckets: (height, width) of all sizes; None where there is one.
         pipeline_kwargs: of every call of the teacher's pipeline.
         weight_dtype, autocast: of the weights, gradients and moments; of the computation ("no" or "bf16").
+        shards: over how many processes each network is sharded; 1 is not at all.
+        cpu_offload: whether all but the teacher waits in main memory.
         prompts: how many distinct ones.
         batch_size, accumulation, processes: whose product is the number of images per update.
         images_per_second: of all processes together; None leaves the time out.
@@ -102,7 +106,7 @@ def describe_plan(
     except NotImplementedError as error:
         lines.append(f"image and text: their sizes are not known without the weights ({error})")
     lines.append(f"precision: {_name(weight_dtype)} weights, {autocast} autocast")
-    lines += describe_memory(skeleton.transformer, weight_dtype)
+    lines += describe_memory(skeleton.transformer, weight_dtype, shards, cpu_offload)
     per_update = batch_size * accumulation * processes
     updates = math.ceil(max_train_images / per_update)
     images = updates * per_update
@@ -146,12 +150,26 @@ def describe_shapes(shapes: Shapes, *, height: int, width: int) -> list[str]:
     ]
 
 
-def describe_memory(transformer, dtype: torch.dtype) -> list[str]:
-    """Lines: what each process keeps, by role and precision."""
-    rows = training_memory(transformer, dtype)
-    rows.append(("together", "", sum(size for *_, size in rows)))
-    table = [f"  {what:<32} {precision:<8} {size / 1e9:>8,.2f} GB" for what, precision, size in rows]
-    return ["memory of each process, before activations:", *table]
+def describe_memory(transformer, dtype: torch.dtype, shards: int = 1, cpu_offload: bool = False) -> list[str]:
+    """Lines: what each process keeps, by role and precision; of `shards` of each network it keeps one.
+
+    With `cpu_offload`, what belongs to the trained networks is listed apart, as in main memory.
+    """
+    rows = [(what, precision, size / shards) for what, precision, size in training_memory(transformer, dtype)]
+    waiting = [row for row in rows if cpu_offload and row[0] != "teacher"]
+    rows = [row for row in rows if row not in waiting]
+    if shards > 1 or cpu_offload:
+        units = [count(unit)[0] for unit in sharding_units(transformer)]
+        gathered = count(transformer)[0] - sum(units) + 2 * max(units, default=0)  # the next while one is computed
+        rows.append(("gathered for a moment, at most", _name(dtype), gathered * dtype.itemsize))
+    sharded = f" that holds 1/{shards} of each network" if shards > 1 else ""
+    lines = [f"memory of each process{sharded}, before activations:", *_table(rows)]
+    return lines + ["in main memory, of each process:", *_table(waiting)] if waiting else lines
+
+
+def _table(rows: list[tuple[str, str, float]]) -> list[str]:
+    rows = [*rows, ("together", "", sum(size for *_, size in rows))]
+    return [f"  {what:<32} {precision:<8} {size / 1e9:>8,.2f} GB" for what, precision, size in rows]
 
 
 def describe_conditioning(conditioning: dict[str, tuple[tuple[int, ...], int]]) -> str:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients
+from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients, whole
 
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
@@ -38,11 +38,12 @@ def apply_update(optimizer, *, loss: float, learning_rate: float, max_grad_norm:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     average_gradients(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = whole(total_norm)
     finite = all_ranks_agree(math.isfinite(loss) and bool(norm.isfinite()), norm.device)
     if finite:
         if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
