@@ -13,6 +13,7 @@ import torch
 from score_distillation import train_sid_dit
 from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, run_here, script_arguments
 
+from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.training.checkpointing import latest_checkpoint
 
 
@@ -175,6 +176,18 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, caplog):
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-12", "checkpoint-4"]
     assert len(metrics(tmp_path / "run")) == 3 and (tmp_path / "run" / "student").is_dir()
+
+
+def test_a_disk_without_room_for_a_line(tmp_path, monkeypatch, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    in_the_generators_turn(monkeypatch, 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard)))
+    with pytest.raises(SystemExit) as stopped:
+        try:
+            exit_on_user_error(run_here)(*script_arguments(tmp_path / "run"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stopped.value.code == 1
+    assert "File too large: free some space and start again." in capsys.readouterr().err
 
 
 KILLED_AT_ANY_TIME = """
