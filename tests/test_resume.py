@@ -13,6 +13,7 @@ import torch
 from score_distillation import train_sid_dit
 from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, run_here, script_arguments
 
+from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.training.checkpointing import latest_checkpoint
 
 
@@ -177,6 +178,18 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, caplog):
     assert len(metrics(tmp_path / "run")) == 3 and (tmp_path / "run" / "student").is_dir()
 
 
+def test_a_disk_without_room_for_a_line(tmp_path, monkeypatch, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    in_the_generators_turn(monkeypatch, 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard)))
+    with pytest.raises(SystemExit) as stopped:
+        try:
+            exit_on_user_error(run_here)(*script_arguments(tmp_path / "run"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stopped.value.code == 1
+    assert "File too large: free some space and start again." in capsys.readouterr().err
+
+
 KILLED_AT_ANY_TIME = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -184,22 +197,24 @@ from score_distillation import train_sid_dit
 from training_helpers import quiet
 
 output_dir, *arguments = sys.argv[1:]
-moments, train = random.Random(0), train_sid_dit.train
+moments, MetricsFile = random.Random(0), train_sid_dit.monitors.MetricsFile
+write = MetricsFile.write
 unfinished, lost = 0, []
 
 for life in range(20):  # forked, as imports take longer than all the rest
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        train_sid_dit.train = lambda run: (os.write(writer, b"x"), train(run))[1]
+        MetricsFile.write = lambda file, record: (write(file, record), os.write(writer, b"x"))
         try:
             with quiet():
                 train_sid_dit.main([*arguments, "--resume_from_checkpoint=latest"])
         finally:
             os._exit(1)
     os.close(writer)
-    assert os.read(reader, 1) == b"x"
-    time.sleep(0.4 * moments.random())
+    for _ in range(moments.randrange(1, 4)):  # steps
+        assert os.read(reader, 1) == b"x"
+    time.sleep(0.05 * moments.random())
     while life % 2 and not any(Path(output_dir).glob("checkpoint-*.tmp")):
         assert os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.0005)
