@@ -25,25 +25,35 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
+from hf_flowdistill.networks import Networks, linear_layers, load_pipeline, move_all_but_transformer, weights_digest
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, learn_contract
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.arguments import ArgumentParser, check_output_dir, json_object, silence_libraries
+from hf_flowdistill.training.arguments import (
+    ArgumentParser,
+    add_network_arguments,
+    check_network_arguments,
+    check_output_dir,
+    json_object,
+    role_settings,
+    silence_libraries,
+)
 from hf_flowdistill.training.distributed import (
     check_accelerator,
     check_world_size,
     draw_k,
     global_indices,
     sample_noise,
+    stream_seed,
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
@@ -62,14 +72,14 @@ PROGRESS = (
 ALLOWED = (  # which arguments, what they must be, and how to tell
     (
         """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
-        validation_images num_validation_images""",
+        validation_images num_validation_images rank""",
         "at least 1",
         lambda value: value >= 1,
     ),
     ("lr_warmup_images ema_half_life_images checkpointing_images dry_run", "at least 0", lambda value: value >= 0),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second",
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),
@@ -146,6 +156,8 @@ def parse_args(input_args=None):
     )
     add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
+    add_network_arguments(parser)
+
     add = parser.add_argument_group(
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
     ).add_argument
@@ -163,12 +175,6 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add(
-        "--weight_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of networks, gradients and Adam; bfloat16 is the paper's BF16, which goes without autocast",
-    )
     add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
 
     add = parser.add_argument_group("output").add_argument
@@ -220,6 +226,7 @@ def check_args(args):
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
     check_combinations(args)
+    check_network_arguments(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -281,6 +288,9 @@ def plan(args, prompts, accelerator):
             pipeline_kwargs=args.pipeline_kwargs,
             weight_dtype=getattr(torch, args.weight_dtype),
             autocast=accelerator.mixed_precision,
+            roles=role_settings(args),
+            bf16_rounding=args.bf16_rounding,
+            use_8bit_adam=args.use_8bit_adam,
             prompts=len(set(prompts)),
             max_train_images=args.max_train_images,
             batch_size=args.train_batch_size,
@@ -336,6 +346,8 @@ def main(input_args=None):
         run.pipeline, height=args.height, width=args.width, pipeline_kwargs=args.pipeline_kwargs
     )
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
+    if args.networks != "full":
+        linear_layers(run.pipeline.transformer, args.lora_layers)  # which refuses unknown names, while that is early
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -349,12 +361,12 @@ def main(input_args=None):
     move_all_but_transformer(run.pipeline, "cpu")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
-    run.networks = Networks.from_teacher(run.pipeline.transformer, getattr(torch, args.weight_dtype))
+    dtype, roles = getattr(torch, args.weight_dtype), role_settings(args)
+    run.networks = Networks.from_teacher(run.pipeline.transformer, dtype, roles, seed=args.seed)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
     run.ema = EMA(run.networks.generator, args.ema_half_life_images)
-    adam = functools.partial(build_optimizer, betas=(args.adam_beta1, args.adam_beta2), epsilon=args.adam_epsilon)
-    run.optimizers = {"generator": adam(run.networks.generator), "fake_score": adam(run.networks.fake_score)}
+    run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
     run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
     if checkpoint is None:
@@ -375,6 +387,17 @@ def main(input_args=None):
     if accelerator.is_main_process:
         save_student(run)
     accelerator.end_training()
+
+
+def build_adam(args, name, network):
+    return build_optimizer(
+        network,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        rounding=args.bf16_rounding,
+        use_8bit_adam=args.use_8bit_adam,
+        seed=stream_seed(args.seed, name),
+    )
 
 
 def read_training_prompts(args):
@@ -577,7 +600,7 @@ def validate(run):
 
 
 def save_student(run):
-    """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
+    """The averaged generator as an ordinary diffusers folder, with its LoRA file, and on the Hub if asked for."""
     args = run.args
     guidance_off = run.contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
@@ -585,7 +608,7 @@ def save_student(run):
         run.pipeline,
         Path(args.output_dir, "student"),
         num_steps=args.num_steps,
-        transformer=run.ema.model,
+        transformer=merged(run.ema.model),
         noise_type=args.noise_type,
         guidance_off=guidance_off,
         pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
@@ -594,7 +617,8 @@ def save_student(run):
         repo_id=args.hub_model_id,
         example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
     )
-    logger.info(f"the student is in {student_dir}")
+    lora = save_lora(run.pipeline, run.ema.model, student_dir)
+    logger.info(f"the student is in {student_dir}" + (f", its LoRA in {lora.name}" if lora else ""))
     if args.push_to_hub:
         push_student(student_dir, args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
 

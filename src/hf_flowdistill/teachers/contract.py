@@ -325,7 +325,9 @@ class Contract:
 
 
 def _floating_dtype(transformer) -> torch.dtype:
-    return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
+    """Of what `transformer` is given; a role (`adapters.Role`) says it, since its adapter may have another."""
+    said = getattr(transformer, "input_dtype", None)
+    return said or next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
 def _moved(value, device):
