@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from score_distillation import train_sid_dit
 from test_resume import LAUNCH, same_bits, same_metrics
 from training_helpers import (
     largest_difference,
     metrics,
     networks_in,
     quiet,
+    reset_accelerate,
     run_command,
     run_here,
     saved_teacher,
@@ -164,3 +166,18 @@ def test_a_library_that_is_missing(tmp_path, monkeypatch):
         run_here(*script_arguments(tmp_path / "run", networks="lora"))
     with pytest.raises(UserError, match="--use_8bit_adam needs bitsandbytes, which is not installed"):
         run_here(*script_arguments(tmp_path / "run", "--use_8bit_adam"))
+
+
+def test_a_dry_run_tells_adapters_and_memory(tmp_path, capsys):
+    settings = {"networks": "lora", "rank": 2, "lora_layers": "to_q", "weight_dtype": "bfloat16", "dry_run": 1}
+    reset_accelerate()
+    train_sid_dit.main(script_arguments(tmp_path / "run", **settings))
+    reset_accelerate()
+    printed = capsys.readouterr().out.splitlines()
+    start = load_file(saved_teacher("stable_diffusion_3") / "transformer" / "diffusion_pytorch_model.safetensors")
+    wrapped = [tensor.shape for name, tensor in start.items() if name.endswith("to_q.weight")]
+    size = sum(2 * (rows + columns) for rows, columns in wrapped)
+    assert f"networks: lora, rank 2 on {len(wrapped)} linear layers, {size:,} parameters each" in printed
+    assert "precision: bfloat16 weights, no autocast" in printed  # nothing is rounded
+    rows = [line.split()[:4] for line in printed if line.startswith("  ")]
+    assert rows[:2] == [["teacher", "bfloat16", "0.00", "GB"], ["adapter", "of", "the", "generator"]]
