@@ -125,6 +125,22 @@ def test_an_update_before_rounding_is_torchs_own():
 
 
 @pytest.mark.parametrize("use_8bit_adam", [False, True])
+def test_float32_parameters_beside_bfloat16_ones_are_not_rounded(use_8bit_adam):
+    if use_8bit_adam:
+        pytest.importorskip("bitsandbytes")
+    network = torch.nn.Linear(128, 64)
+    alone = torch.nn.Linear(128, 64)
+    alone.load_state_dict(network.state_dict())
+    network.weight.data = network.weight.data.bfloat16()
+    for one in (network, alone):
+        optimizer = build_optimizer(one, use_8bit_adam=use_8bit_adam)
+        for parameter in one.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        apply_update(optimizer, loss=0.0, learning_rate=1e-5)
+    assert torch.equal(network.bias, alone.bias) and network.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("use_8bit_adam", [False, True])
 def test_an_optimizer_goes_on_from_its_state(use_8bit_adam, tmp_path):
     """Moments keep their dtype on the way through a file, and the rounding its place in the sequence."""
     if use_8bit_adam:

@@ -81,7 +81,8 @@ class RoundedAdam(torch.optim.Adam):
                     beta2=beta2,
                     **settings,
                 )
-                round_stochastically(weights, parameter, self.seed, int(state["step"]), number)
+                if parameter.dtype == torch.bfloat16:  # float32 weights are the parameter itself
+                    round_stochastically(weights, parameter, self.seed, int(state["step"]), number)
 
     def load_state_dict(self, state_dict):
         """As torch's, which would make the moments bfloat16."""
@@ -104,6 +105,8 @@ def _rounded_adam8bit():
 
         @torch.no_grad()
         def update_step(self, group, p, gindex, pindex):
+            if p.dtype != torch.bfloat16:
+                return super().update_step(group, p, gindex, pindex)
             kept, gradient = p.data, p.grad
             p.grad = None  # a gradient has the dtype of its parameter
             p.data = kept.float()
