@@ -4,12 +4,16 @@
 
 Weights of one size take steps of Adam, at the paper's settings for BF16, along gradients that each have a steady sign.
 torch-optimi (Kahan summation) and torchao are compared where they are installed; the latter compiles its step.
+
+With --shapes FOLDER, the training script distils the shapes teacher for a few updates at those settings instead, in
+float32 and in bfloat16 with either rounding, and the way is that of its two networks along float32's.
 """
 
 import argparse
 import functools
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.training.optimizers import build_optimizer  # noqa: E402
@@ -88,12 +93,49 @@ def kept(optimizer) -> int:
     return sum(size(value) for state in states for name, value in state.items() if not name.startswith("qmap"))
 
 
+def on_shapes(folder: Path, images: int, more: list[str]) -> list[list[str]]:
+    """The table of distillations of the shapes teacher; what is there already is not run again."""
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    start = {name: value.double() for name, value in load_file(ROOT / "examples/shapes/teacher" / weights).items()}
+    lines, ways = [["on the shapes teacher", "generator", "fake score"]], {}
+    for name, words in {
+        "float32": [],
+        "bfloat16, stochastic": ["--weight_dtype=bfloat16"],
+        "bfloat16, to nearest (the paper's BF16)": ["--weight_dtype=bfloat16", "--bf16_rounding=nearest"],
+    }.items():
+        run = folder / name.split(" (")[0].replace(", ", "-").replace(" ", "-")
+        if not (run / f"checkpoint-{images}").exists():
+            settings = {"learning_rate": ADAM["lr"], "fake_score_learning_rate": ADAM["lr"], "adam_epsilon": 1e-4}
+            settings |= {"lr_scheduler": "constant", "lr_warmup_images": 0, "train_batch_size": 8, "output_dir": run}
+            settings |= {"max_train_images": images, "checkpointing_images": images, "validation_images": 10**9}
+            words += [f"--{key}={value}" for key, value in settings.items()] + ["--report_to=none", *more]
+            script = ROOT / "examples/score_distillation/train_sid_dit.py"
+            recipe = ROOT / "examples/shapes/recipe.yaml"
+            subprocess.run([sys.executable, script, "--config", recipe, *words], check=True, cwd=ROOT)
+        shares = []
+        for network in ("generator", "fake_score"):
+            # from where the run starts: bfloat16 networks are the rounded teacher
+            tensors = load_file(run / f"checkpoint-{images}" / f"{network}.safetensors")
+            way = torch.cat(
+                [(value.double() - start[key].to(value.dtype)).flatten() for key, value in tensors.items()]
+            )
+            ways.setdefault(network, way)
+            shares.append(f"{(way @ ways[network] / ways[network].square().sum()).item():.0%}")
+        lines.append([name, *shares])
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of each optimizer")
     parser.add_argument("--adam_epsilon", type=float, default=1e-4, help="the paper's, for BF16")
     parser.add_argument("--results", metavar="FILE", help="where to write the table as JSON too")
-    args = parser.parse_args()
+    parser.add_argument("--shapes", type=Path, metavar="FOLDER", help="where to distil the shapes teacher")
+    parser.add_argument("--max_train_images", type=int, default=320, help="of --shapes, eight in each update")
+    args, more = parser.parse_known_args()
+    if args.shapes:
+        print(format_cells(on_shapes(args.shapes, args.max_train_images, more)))
+        return
     header = [f"{weight:g}, {gradient:g}" for weight in WEIGHTS for gradient in GRADIENTS]
     # a weight stands above two columns, one for each gradient
     lines = [["optimizer", *sum(([f"{weight:g}", *[""] * (len(GRADIENTS) - 1)] for weight in WEIGHTS), []), "bytes"]]

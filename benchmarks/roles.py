@@ -9,7 +9,6 @@ be stopped and run again. Other arguments are those of train_sid_dit.py, for all
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 
@@ -51,11 +50,9 @@ def run_case(name: str, settings: dict, args, more: list[str]) -> dict:
         "--checkpointing_images=0",
         "--validation_images=10000000",
     ]
-    began = time.time()
     train(folder / "run", args, [*words, *more])
-    seconds = time.time() - began
     pipelines = load_pipelines(Path(args.teacher), folder / "run" / "student")
-    row = Judge(args.num_prompts, 2026)("student", pipelines["student"], 4, 1.0)
+    judged = Judge(args.num_prompts, 2026)("student", pipelines["student"], 4, 1.0)
     roles = {key: settings[key] for key in ("networks", "rank", "base_quantization") if key in settings}
     memory = training_memory(
         load_pipeline(args.teacher).transformer,
@@ -64,11 +61,12 @@ def run_case(name: str, settings: dict, args, more: list[str]) -> dict:
         bf16_rounding=settings.get("bf16_rounding", "stochastic"),
         use_8bit_adam=settings.get("use_8bit_adam", False),
     )
+    rates = sorted(row["images_per_second"] for row in map(json.loads, (folder / "run/metrics.jsonl").open()))
     result = {
-        "accuracy": row["accuracy"],
-        "fid": row["fid"],
+        "accuracy": judged["accuracy"],
+        "fid": judged["fid"],
         "bytes": sum(size for *_, size in memory),
-        "seconds": seconds,
+        "images_per_second": rates[int(0.9 * len(rates))],  # what else runs on the machine slows down others
     }
     report.write_text(json.dumps(result))
     return result
@@ -85,11 +83,11 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
     args, more = parser.parse_known_args()
     silence_libraries()
-    lines = [["networks, precision", "accuracy", "FID", "kept, MB", "minutes"]]
+    lines = [["networks, precision", "accuracy", "FID", "kept, MB", "images/s"]]
     for name in args.cases:
         result = run_case(name, CASES[name], args, more)
         figures = f"{result['accuracy']:.3f}", f"{result['fid']:.1f}", f"{result['bytes'] / 1e6:.1f}"
-        lines.append([name, *figures, f"{result['seconds'] / 60:.1f}"])
+        lines.append([name, *figures, f"{result['images_per_second']:.0f}"])
         print(lines[-1], flush=True)
     print(format_cells(lines))
 
