@@ -25,6 +25,7 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
@@ -45,9 +46,12 @@ from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.arguments import (
     ArgumentParser,
+    add_network_arguments,
+    check_network_arguments,
     check_output_dir,
     image_sizes,
     json_object,
+    role_settings,
     silence_libraries,
 )
 from hf_flowdistill.training.distributed import (
@@ -59,6 +63,7 @@ from hf_flowdistill.training.distributed import (
     global_indices,
     sample_noise,
     stop_signals,
+    stream_seed,
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
@@ -78,14 +83,14 @@ PROGRESS = (
 ALLOWED = (  # which arguments, what they must be, and how to tell
     (
         """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
-        validation_images num_validation_images""",
+        validation_images num_validation_images rank""",
         "at least 1",
         lambda value: value >= 1,
     ),
     ("lr_warmup_images ema_half_life_images checkpointing_images dry_run", "at least 0", lambda value: value >= 0),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second",
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),
@@ -168,6 +173,8 @@ def parse_args(input_args=None):
     )
     add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
+    add_network_arguments(parser)
+
     add = parser.add_argument_group(
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
     ).add_argument
@@ -185,12 +192,6 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add(
-        "--weight_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of networks, gradients and Adam; bfloat16 is the paper's BF16, which goes without autocast",
-    )
     add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
     add(
         "--sharding",
@@ -251,6 +252,7 @@ def check_args(args):
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
     check_combinations(args)
+    check_network_arguments(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -281,6 +283,12 @@ def check_combinations(args):
         raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
     if args.cpu_offload and args.sharding == "none":
         raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
+    if args.cpu_offload and args.networks == "lora":
+        raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
+    if args.sharding != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
+        raise UserError(
+            "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
+        )
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     shares = args.step_shares
@@ -320,6 +328,9 @@ def plan(args, prompts, accelerator):
             autocast=accelerator.mixed_precision,
             shards=count_shards(args.sharding, processes),
             cpu_offload=args.cpu_offload,
+            roles=role_settings(args),
+            bf16_rounding=args.bf16_rounding,
+            use_8bit_adam=args.use_8bit_adam,
             prompts=len(set(prompts)),
             max_train_images=args.max_train_images,
             batch_size=args.train_batch_size,
@@ -377,9 +388,11 @@ def main(input_args=None):
     run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
     run.pipeline = run.sharding.load(functools.partial(load_pipeline, args.pretrained_model_name_or_path, **origin))
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
-    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs)
+    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
+    roles = role_settings(args)
+    roles.layers(run.pipeline.transformer)  # which refuses unknown names, while that is early
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -387,7 +400,8 @@ def main(input_args=None):
         checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
-    teacher = run.sharding.release(run.pipeline, getattr(torch, args.weight_dtype))
+    dtype = getattr(torch, args.weight_dtype)
+    teacher = run.sharding.release(run.pipeline, dtype)
 
     # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
@@ -397,12 +411,11 @@ def main(input_args=None):
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
     if args.gradient_checkpointing:
         check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
-    run.networks = Networks.from_teacher(teacher, getattr(torch, args.weight_dtype), run.sharding.copy)
+    run.networks = Networks.from_teacher(teacher, dtype, roles, copy=run.sharding.copy, seed=args.seed)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
     run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
-    adam = functools.partial(build_optimizer, betas=(args.adam_beta1, args.adam_beta2), epsilon=args.adam_epsilon)
-    run.optimizers = {"generator": adam(run.networks.generator), "fake_score": adam(run.networks.fake_score)}
+    run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
     run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
     if checkpoint is None:
@@ -433,6 +446,17 @@ def predict_once(run, network):
     )
     with run.accelerator.autocast():
         return run.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), run.conditional[[0]].to(x_t.device))
+
+
+def build_adam(args, name, network):
+    return build_optimizer(
+        network,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        rounding=args.bf16_rounding,
+        use_8bit_adam=args.use_8bit_adam,
+        seed=stream_seed(args.seed, name),
+    )
 
 
 def read_training_prompts(args):
@@ -665,7 +689,7 @@ def validate(run):
 
 
 def save_student(run):
-    """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
+    """The averaged generator as an ordinary diffusers folder, with its LoRA file, and on the Hub if asked for."""
     args = run.args
     student = run.sharding.gather(run.ema.model)
     if not run.accelerator.is_main_process:
@@ -676,7 +700,7 @@ def save_student(run):
         run.pipeline,
         Path(args.output_dir, "student"),
         num_steps=args.num_steps,
-        transformer=student,
+        transformer=merged(student),
         noise_type=args.noise_type,
         guidance_off=guidance_off,
         pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
@@ -685,7 +709,8 @@ def save_student(run):
         repo_id=args.hub_model_id,
         example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
     )
-    logger.info(f"the student is in {student_dir}")
+    lora = save_lora(run.pipeline, student, student_dir)
+    logger.info(f"the student is in {student_dir}" + (f", its LoRA in {lora.name}" if lora else ""))
     if args.push_to_hub:
         push_student(student_dir, args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from hf_flowdistill.adapters import Role, without_adapters
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import plain_copy
-from hf_flowdistill.planning import sharding_units
+from hf_flowdistill.networks import plain_copy, sharding_units
 from hf_flowdistill.training.distributed import local
 
 
@@ -47,7 +47,7 @@ class Sharding:
         UserError: "hybrid" without knowing which processes share a machine.
 
     A sharded network has every parameter as a DTensor. Its gradients are reduced in float32, and optimizers are made
-    of its parameters like of any others. Modules that are added to it later, such as adapters, stay whole.
+    of its parameters like of any others. Modules that are added to it later, which adapters are, stay whole.
     """
 
     def __init__(self, kind: str, device, *, cpu_offload: bool = False):
@@ -126,8 +126,8 @@ class Sharding:
         return transformer
 
     def copy(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-        """A copy to train, of a network that is sharded if `self` is; each process copies what it holds."""
-        if self.mesh is None:
+        """A copy to train; of a sharded network, each process copies what it holds."""
+        if network not in self.shells:
             return plain_copy(network, dtype)
         twin = self._twin(network, dtype, self.offload).requires_grad_(True)
         # What the reduction's precision is, is settled when a unit is first gathered, and only for what is to be
@@ -139,16 +139,20 @@ class Sharding:
         return twin
 
     def gather(self, network: torch.nn.Module) -> torch.nn.Module | None:
-        """`network` whole and in main memory, on the main process; None on the others. All have to call it."""
+        """`network` whole and in main memory, on the main process; None on the others. All have to call it.
+
+        Of a role, a role on a base that is whole.
+        """
         if self.mesh is None:
             return network
+        sharded = network.shared.transformer if isinstance(network, Role) else network
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(network, options=options)
+        weights = get_model_state_dict(sharded, options=options)
         if not self.is_main:
             return None
-        gathered = copy.deepcopy(self.shells[network]).requires_grad_(False)
-        gathered.load_state_dict(weights, assign=True)
-        return gathered
+        gathered = copy.deepcopy(self.shells[sharded]).requires_grad_(False)
+        gathered.load_state_dict(without_adapters(weights), assign=True)
+        return network.on(gathered) if isinstance(network, Role) else gathered
 
     def _twin(self, network, dtype, offload):
         twin = self._assemble(self.shells[network], offload, dtype)
@@ -169,9 +173,9 @@ class Sharding:
             "offload_policy": offload,
             "reshard_after_forward": True,
         }
-        for unit in sharding_units(network):
-            fully_shard(unit, **settings)
-        type(fully_shard(network, **settings)).__name__ = type(shell).__name__  # by which the contract tells it
+        for unit in [*sharding_units(network), network]:
+            name = type(unit).__name__  # by which the contract and `sharding_units` tell it
+            type(fully_shard(unit, **settings)).__name__ = name
         network.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else self.device)
         for name, buffer in buffers.items():
             owner, _, last = name.rpartition(".")
