@@ -4,12 +4,13 @@
 
 import contextlib
 import copy
+import json
 import math
-import shutil
 import socket
 from types import SimpleNamespace
 
 import pytest
+import tiny_teachers
 import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 from teacher_cases import learned
 from training_helpers import (
     SCRIPT,
+    folder,
     largest_difference,
     metrics,
     networks_in,
     optimizers_in,
+    quiet,
     run_command,
     run_here,
     saved_teacher,
@@ -28,68 +31,155 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import check_gradient_checkpointing, load_pipeline
+from hf_flowdistill.networks import Networks, RoleSettings, check_gradient_checkpointing, load_pipeline
 from hf_flowdistill.teachers import encode_prompts
 from hf_flowdistill.training.checkpointing import find_resume, load_checkpoint
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size, sample_noise
+from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SEVERAL_RUNS = """
+import json, sys
+from accelerate.state import PartialState
+from score_distillation import train_sid_dit
+from training_helpers import reset_accelerate
 
+PartialState.destroy_process_group = lambda *_: None  # the next run's too: imports take longer than all runs
+for arguments in json.loads(sys.argv[1]):
+    reset_accelerate()
+    train_sid_dit.main(arguments)
+"""
 
-SIX_STEPS = {"max_train_images": 24, "learning_rate": 3e-4, "checkpointing_images": 12}
+SIX_STEPS = {"max_train_images": 24, "checkpointing_images": 12, "learning_rate": 3e-4}
+LORA = {"rank": 4, "learning_rate": 3e-3}
+KINDS = {
+    "full": {},
+    "lora_fake": {"networks": "lora_fake", **LORA},
+    "lora": {"networks": "lora", **LORA},
+    "text of any length": {"pipeline_kwargs": None},
+}
+EQUAL = {  # how six steps of four images on one process are divided: processes, and arguments
+    "two processes": (2, ["--train_batch_size=1"]),
+    "shards": (
+        2,
+        """--train_batch_size=1 --sharding=full --gradient_checkpointing --validation_prompts square
+        --validation_images=12""".split(),
+    ),
+    "shards of one machine": (2, ["--train_batch_size=1", "--sharding=hybrid", "--cpu_offload", "FROM SHARDS"]),
+    "whole again": (1, ["FROM SHARDS"]),
+    "one image at a time": (
+        1,
+        ["--train_batch_size=1", "--gradient_accumulation_steps=4", "--gradient_checkpointing"],
+    ),
+    "one shard": (1, ["--sharding=full", "--cpu_offload"]),
+    "two images at a time": (2, ["--gradient_accumulation_steps=1", "--sharding=full"]),
+}
+CASES = [(kind, name) for kind in ("full", "lora_fake", "lora") for name in list(EQUAL)[:-1]]
+CASES += [("text of any length", "two images at a time")]
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(f"{number} squares" for number in range(150)) + "\n")
-    return path
+def line_of(tmp_path_factory):
+    """kind, name, arguments -> the folder of a run and its command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"{number} squares" for number in range(150)) + "\n")
+    KINDS["text of any length"] |= {
+        "pretrained_model_name_or_path": folder / "qwen_image",
+        "prompt_file": folder / "of_any_length.txt",
+    }
+    (folder / "of_any_length.txt").write_text("red circle\nblue square\na green ring beside two large red squares\n")
+    with quiet():
+        tiny_teachers.qwen_image().save_pretrained(folder / "qwen_image")
+
+    def line(kind, name, arguments):
+        settings = {"prompt_file": prompts, **SIX_STEPS, **KINDS[kind]}
+        if name not in ("one", "two processes"):
+            settings["conditioning_cache_dir"] = folder / kind / "one" / "conditioning"
+        resume = f"--resume_from_checkpoint={folder / kind / 'shards' / 'checkpoint-12'}"
+        arguments = [resume if argument == "FROM SHARDS" else argument for argument in arguments]
+        if kind == "lora" and "--cpu_offload" in arguments:  # there is nothing to offload
+            arguments.remove("--cpu_offload")
+        return folder / kind / name, script_arguments(folder / kind / name, *arguments, **settings)
+
+    return line
 
 
 @pytest.fixture(scope="module")
-def one(prompts, tmp_path_factory):
-    """Six steps of 2 images x 2 micro-batches on one process."""
-    output_dir = tmp_path_factory.mktemp("one") / "run"
-    run_here(*script_arguments(output_dir, prompt_file=prompts, **SIX_STEPS))
-    teacher = load_pipeline(saved_teacher("stable_diffusion_3")).transformer.state_dict()
-    trained = networks_in(output_dir / "checkpoint-24")
-    for role in ("generator", "fake_score"):
-        assert largest_difference({name: trained[f"{role}.{name}"] for name in teacher}, teacher) > 1e-3
-    return output_dir
+def one(line_of):
+    """kind -> the run of four images at a time on one process."""
+    runs = {}
+    for kind in KINDS:
+        runs[kind], line = line_of(kind, "one", ["--train_batch_size=4", "--gradient_accumulation_steps=1"])
+        run_here(*line)
+    return runs
 
 
 @pytest.fixture(scope="module")
-def sharded(prompts, tmp_path_factory):
-    """The same on two processes that share the networks; gradient checkpointing and sample sheets change nothing."""
-    output_dir = tmp_path_factory.mktemp("sharded") / "run"
-    sheets = ("--validation_prompts", "red circle", "--validation_images=12", "--gradient_checkpointing")
-    arguments = script_arguments(output_dir, *sheets, prompt_file=prompts, train_batch_size=1, **SIX_STEPS)
-    run_command(*TORCHRUN, *arguments, "--sharding=full")
-    return output_dir
+def two(line_of, one):
+    """(kind, name) -> the run on two processes; real launches, as few as possible."""
+    runs = {
+        (kind, name): line_of(kind, name, arguments)
+        for name, (processes, arguments) in EQUAL.items()
+        for kind in KINDS
+        if processes == 2 and (kind, name) in CASES
+    }
+    program = folder() / "several_runs.py"
+    program.write_text(SEVERAL_RUNS)
+    run_command(*TORCHRUN, program, json.dumps([line for _, line in runs.values()]))
+    return {case: output_dir for case, (output_dir, _) in runs.items()}
 
 
-def same_run(first, second):
-    """The students to 1e-6, and the metrics to their last digits."""
-    students = [load_file(run / "student/transformer/diffusion_pytorch_model.safetensors") for run in (first, second)]
+def trained(kind):
+    """The networks that a checkpoint of this kind holds, as they are at the start."""
+    path = KINDS[kind].get("pretrained_model_name_or_path", saved_teacher("stable_diffusion_3"))
+    roles = RoleSettings(KINDS[kind].get("networks", "full"), rank=4)
+    networks = Networks.from_teacher(load_pipeline(path).transformer, roles=roles)
+    return {**networks.trained(), "ema": EMA(networks.generator).model}
+
+
+def tensors(networks):
+    return {f"{name}.{key}": tensor for name in networks for key, tensor in networks[name].state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_six_steps_move_weights(kind, one):
+    start, end = tensors(trained(kind)), networks_in(one[kind] / "checkpoint-24")
+    for network in ("generator", "fake_score", "ema"):
+        first, last = ({key: where[key] for key in end if key.startswith(network)} for where in (start, end))
+        assert largest_difference(first, last) > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_what_changes_nothing(kind, name, one, two, line_of):
+    """Processes, shards, micro-batches and checkpointed activations: the same student, metrics and last checkpoint."""
+    if (kind, name) in two:
+        run = two[kind, name]
+    else:
+        run, line = line_of(kind, name, EQUAL[name][1])
+        run_here(*line)
+    students = [
+        load_file(path / "student/transformer/diffusion_pytorch_model.safetensors") for path in (run, one[kind])
+    ]
     assert largest_difference(*students) < 1e-6
-    lines, others = metrics(first), metrics(second)
-    assert len(lines) == len(others) == 6
-    for line, other in zip(lines, others):
-        for name in line.keys() - {"images_per_second"}:
-            assert math.isclose(line[name], other[name], rel_tol=1e-3, abs_tol=1e-6), name
+    lines = metrics(run)
+    others = metrics(one[kind])[-len(lines) :]
+    assert len(lines) == (3 if "FROM SHARDS" in EQUAL[name][1] else 6)
+    for line, other in zip(lines, others, strict=True):
+        for key in line.keys() - {"images_per_second"}:
+            assert math.isclose(line[key], other[key], rel_tol=1e-3, abs_tol=1e-6), key
+    same_checkpoint(kind, run, one[kind])
 
 
-def same_checkpoint(run, expected):
+def same_checkpoint(kind, run, expected):
     """Networks and optimizers of the last checkpoint of `run`, which may be of shards, against a whole one."""
-    network = load_pipeline(saved_teacher("stable_diffusion_3")).transformer
-    networks = {name: copy.deepcopy(network) for name in ("generator", "fake_score", "ema")}
+    networks = trained(kind)
     optimizers = {name: build_optimizer(networks[name]) for name in ("generator", "fake_score")}
     state = load_checkpoint(run / "checkpoint-24", networks=networks, optimizers=optimizers)
     assert (state["images_seen"], state["step"], state["skipped_updates"]) == (24, 6, 0)
-    found = {f"{name}.{key}": tensor for name in networks for key, tensor in networks[name].state_dict().items()}
-    assert largest_difference(found, networks_in(expected / "checkpoint-24")) < 1e-6
+    assert largest_difference(tensors(networks), networks_in(expected / "checkpoint-24")) < 1e-6
     for name, saved in optimizers_in(expected / "checkpoint-24").items():
         moments = optimizers[name.removesuffix("_optimizer")].state_dict()["state"]
         assert moments.keys() == saved["state"].keys()
@@ -98,29 +188,15 @@ def same_checkpoint(run, expected):
             torch.testing.assert_close(moments[index]["exp_avg_sq"], values["exp_avg_sq"], rtol=1e-3, atol=1e-6)
 
 
-def test_two_processes_are_one(one, prompts, tmp_path):
-    """Six steps of 1 image x 2 micro-batches x 2 processes."""
-    arguments = script_arguments(tmp_path / "two", prompt_file=prompts, train_batch_size=1, **SIX_STEPS)
-    run_command(*TORCHRUN, *arguments)
-    cache_one, cache_two = (sorted((run / "conditioning").glob("[!.]*")) for run in (one, tmp_path / "two"))
-    assert len(cache_one) == 5  # the index, three shards of prompts (each process wrote its own), one negative prompt
-    assert {p.name: p.read_bytes() for p in cache_one} == {p.name: p.read_bytes() for p in cache_two}
-    same_run(one, tmp_path / "two")
-    same_checkpoint(tmp_path / "two", one)
-
-
-@pytest.mark.parametrize("change", ["four micro-batches", "gradient checkpointing", "one shard, offloaded"])
-def test_what_changes_memory_changes_nothing_else(change, one, prompts, tmp_path):
-    changes = {
-        "four micro-batches": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
-        "gradient checkpointing": {},
-        "one shard, offloaded": {"sharding": "full"},
-    }[change]
-    flags = {"gradient checkpointing": ["--gradient_checkpointing"], "one shard, offloaded": ["--cpu_offload"]}
-    arguments = {"prompt_file": prompts, "conditioning_cache_dir": one / "conditioning", **SIX_STEPS, **changes}
-    run_here(*script_arguments(tmp_path / "run", *flags.get(change, []), **arguments))
-    same_run(one, tmp_path / "run")
-    same_checkpoint(tmp_path / "run", one)
+def test_what_two_processes_write(one, two):
+    """A part each, which is the same together."""
+    caches = [sorted((run / "conditioning").glob("[!.]*")) for run in (one["full"], two["full", "two processes"])]
+    assert len(caches[0]) == 5  # the index, three shards of prompts, one negative prompt
+    assert len({tuple((p.name, p.read_bytes()) for p in cache) for cache in caches}) == 1
+    for kind, files in (("full", 2), ("lora_fake", 2), ("lora", 0)):
+        run = two[kind, "shards"]
+        assert len(list((run / "checkpoint-24").glob("*.distcp"))) == files
+        assert (run / "validation" / "images-24.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -143,27 +219,6 @@ def test_gradient_checkpointing_that_changes_the_result(name, refused):
     network = copy.deepcopy(teacher.pipeline.transformer)
     with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
         check_gradient_checkpointing(network, predict)
-
-
-def test_sharded_is_unsharded(one, sharded):
-    same_run(one, sharded)
-    same_checkpoint(sharded, one)
-    assert len(list((sharded / "checkpoint-24").glob("*.distcp"))) == 2  # each process wrote what it held
-    assert (sharded / "validation" / "images-24.png").exists()
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_saved_on_two_processes_resumed_on(processes, one, sharded, prompts, tmp_path):
-    """Without shards on one process, and on two in the shards of several machines, offloaded."""
-    shutil.copytree(sharded, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-24", "student"))
-    arguments = {"prompt_file": prompts, "resume_from_checkpoint": "latest", **SIX_STEPS}
-    if processes == 1:
-        run_here(*script_arguments(tmp_path / "run", **arguments))
-    else:
-        hybrid = {"train_batch_size": 1, "sharding": "hybrid"}
-        run_command(*TORCHRUN, *script_arguments(tmp_path / "run", "--cpu_offload", **arguments, **hybrid))
-    same_run(one, tmp_path / "run")
-    same_checkpoint(tmp_path / "run", one)
 
 
 TWO_FORKED = """

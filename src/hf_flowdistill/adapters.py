@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -49,7 +50,8 @@ class SharedBase:
             init_lora_weights="gaussian",
         )
         flags = [(parameter, parameter.requires_grad) for parameter in self.transformer.parameters()]
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        plain = [self.transformer.get_submodule(name) for name in self.targets] if not self.adapters else []
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _whole_shapes(plain):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # adapters beside each other are meant
             torch.default_generator.manual_seed(self.seed + len(self.adapters))
             inject_adapter_in_model(config, self.transformer, adapter)
@@ -91,6 +93,21 @@ class SharedBase:
             return checkpoint(in_role, *args, use_reentrant=False)
 
         self.transformer.enable_gradient_checkpointing(checkpointed)
+
+
+@contextlib.contextmanager
+def _whole_shapes(layers):
+    """Sharded weights of linear layers look whole inside: peft makes adapters of the shape of a shard, for tensor
+    parallelism, where a layer under FSDP has gathered its weight by the time that it runs."""
+    sharded = {layer: layer.weight for layer in layers if isinstance(layer.weight, DTensor)}
+    for layer, weight in sharded.items():
+        values = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        layer.weight = torch.nn.Parameter(values, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in sharded.items():
+            layer.weight = weight
 
 
 class Role(torch.nn.Module):
