@@ -12,9 +12,10 @@ from diffusers import StableDiffusion3Pipeline
 from published_teachers import published_teacher
 from training_helpers import PIPELINE_KWARGS, folder, saved_teacher
 
+from hf_flowdistill.adapters import Role
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import Networks, load_pipeline
-from hf_flowdistill.planning import count, describe_shapes, sharding_units, training_memory
+from hf_flowdistill.networks import FULL, Networks, RoleSettings, linear_layers, load_pipeline, sharding_units
+from hf_flowdistill.planning import count, describe_memory, describe_shapes, training_memory
 from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
@@ -82,28 +83,58 @@ def test_shapes_without_weights_are_those_with_them(name):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_a_run_keeps(dtype):
+KEPT = {
+    "full": {},
+    "full, bfloat16": {"dtype": torch.bfloat16},
+    "full, bfloat16, nearest": {"dtype": torch.bfloat16, "bf16_rounding": "nearest"},
+    "full, 8-bit Adam": {"use_8bit_adam": True},
+    "lora_fake, bfloat16": {"dtype": torch.bfloat16, "roles": RoleSettings("lora_fake", rank=4)},
+    "lora": {"roles": RoleSettings("lora", rank=64, lora_layers="to_q,ff.net.2"), "use_8bit_adam": True},
+    "lora, 8bit": {"roles": RoleSettings("lora", rank=4, base_quantization="8bit")},
+    "lora, nf4": {"roles": RoleSettings("lora", rank=4, base_quantization="nf4"), "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_memory_is_what_a_run_keeps(case):
     """Every tensor of networks, optimizers and average after an update of both networks, counted."""
-    networks = Networks.from_teacher(load_pipeline(saved_teacher("stable_diffusion_3")).transformer, dtype)
-    planned = {what: size for what, _, size in training_memory(networks.teacher, dtype)}
+    if "8bit" in case or "8-bit" in case or "nf4" in case or case == "lora":
+        pytest.importorskip("bitsandbytes")
+    roles, dtype = KEPT[case].get("roles", FULL), KEPT[case].get("dtype", torch.float32)
+    settings = {name: value for name, value in KEPT[case].items() if name not in ("roles", "dtype")}
+    teacher = load_teacher()
+    planned = {what: size for what, _, size in training_memory(teacher, dtype, roles, **settings)}
+    networks = Networks.from_teacher(teacher, dtype, roles)
     average = EMA(networks.generator)
 
     def size_of(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    kept = {"average of the generator": size_of(average.model.state_dict().values())}
-    for name in ("teacher", "generator", "fake_score"):
-        kept[name.replace("_", " ")] = size_of(getattr(networks, name).state_dict().values())
+    base = {name: tensor for name, tensor in teacher.state_dict().items() if ".lora_" not in name}
+    scales = [weight.SCB for weight in teacher.parameters() if getattr(weight, "SCB", None) is not None]
+    kept = {"teacher": size_of([*base.values(), *scales]), "gradients of one network": 0}
+    kept["average of the generator"] = size_of(average.model.state_dict().values())
     for name, network in networks.trained().items():
-        optimizer = build_optimizer(network)
+        role = name.replace("_", " ")
+        is_adapter = isinstance(network, Role)
+        kept[f"adapter of the {role}" if is_adapter else role] = size_of(network.state_dict().values())
+        rounding = {"rounding": settings.get("bf16_rounding", "stochastic")}
+        optimizer = build_optimizer(network, use_8bit_adam=settings.get("use_8bit_adam", False), **rounding)
         for parameter in network.parameters():
             parameter.grad = torch.ones_like(parameter)
-        kept["gradients of one network"] = size_of(parameter.grad for parameter in network.parameters())
+        gradients = size_of(parameter.grad for parameter in network.parameters())
+        kept["gradients of one network"] = max(kept["gradients of one network"], gradients)
         optimizer.step()
-        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        kept[f"Adam's moments of the {name.replace('_', ' ')}"] = size_of(moments)
+        moments = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+        states = [state[key] for state in optimizer.state.values() for key in moments if key in state]
+        kept[f"Adam's moments of the {role}"] = size_of(states)
+    if roles.base_quantization != "none":  # the tables of quantization, a few hundred bytes each, are not planned
+        assert 0 <= kept.pop("teacher") - planned.pop("teacher") < 600 * len(linear_layers(load_teacher()))
     assert kept == planned
+
+
+def load_teacher():
+    return load_pipeline(saved_teacher("stable_diffusion_3")).transformer
 
 
 def test_blocks_where_diffusers_names_none():
@@ -185,3 +216,26 @@ def test_embeddings_that_grow_with_the_prompt(monkeypatch):
     shapes = measure_shapes(load_skeleton(path), **size)
     assert shapes.longer_with_prompt and shapes.text_tokens == len("a cat")
     assert describe_shapes(shapes, **size)[1] == "text: 5 tokens, more for longer prompts"
+
+
+def test_memory_of_shards_and_of_what_waits():
+    """An eighth of everything, besides what is gathered; offloaded, the teacher alone stays."""
+    transformer = load_skeleton(published_teacher("sd3.5-large")).transformer
+
+    def table(*lines):
+        rows = [line.rsplit(maxsplit=3) for line in lines if line.startswith("  ") and line.endswith(" GB")]
+        return {
+            " ".join(row[:-3]).strip() if row[-3] in ("bfloat16", "float32") else row[0]: float(row[-2])
+            for row in rows
+        }
+
+    whole, eighth = (table(*describe_memory(transformer, torch.bfloat16, shards=shards)) for shards in (1, 8))
+    block = count(sharding_units(transformer)[0])[0]
+    assert eighth.pop("gathered for a moment, at most") >= 2 * block * 2 / 1e9
+    assert eighth.keys() == whole.keys()
+    assert all(abs(eighth[name] - whole[name] / 8) < 0.011 for name in whole if name != "together")
+    lines = describe_memory(transformer, torch.bfloat16, shards=8, cpu_offload=True)
+    assert lines[0] == "memory of each process that holds 1/8 of each network, before activations:"
+    split = lines.index("in main memory, of each process:")
+    assert list(table(*lines[:split])) == ["teacher", "gathered for a moment, at most", "together"]
+    assert list(table(*lines[split:])) == [name for name in whole if name != "teacher"]

@@ -64,9 +64,9 @@ def test_the_script_reads_the_papers_numbers(name):
     assert 8 * batch_size * accumulation == 256
     assert (args.learning_rate, args.adam_epsilon) == (args.fake_score_learning_rate, args.adam_epsilon) == rates
     assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0, 0.999, None)
-    assert (args.mixed_precision, args.weight_dtype) == {"amp": ("bf16", "float32"), "bf16": (None, "bfloat16")}[
-        precision
-    ]
+    precisions = {"amp": ("bf16", "float32", None), "bf16": (None, "bfloat16", "nearest")}
+    assert (args.mixed_precision, args.weight_dtype, args.bf16_rounding) == precisions[precision]
+    assert args.networks == "full" and not args.use_8bit_adam
     assert (args.num_steps, args.alpha, args.loss_scale, args.weighting) == (4, 1, 100, "1-sigma")
     assert args.teacher_guidance_scale == args.fake_guidance_scale == args.fake_train_guidance_scale == 4.5
 
@@ -74,7 +74,7 @@ def test_the_script_reads_the_papers_numbers(name):
 def test_what_the_paper_is_silent_about_is_left_to_the_script():
     known = set(
         """pretrained_model_name_or_path resolution num_steps alpha loss_scale teacher_guidance_scale mixed_precision
-        weight_dtype learning_rate adam_beta1 adam_beta2 adam_epsilon train_batch_size
+        weight_dtype bf16_rounding learning_rate adam_beta1 adam_beta2 adam_epsilon train_batch_size
         gradient_accumulation_steps""".split()
     )
     for name, path in RECIPES.items():
@@ -223,9 +223,11 @@ def test_a_dry_run_of_bad_input_is_one_sentence_and_exit_code_2(changes, sentenc
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_in_bfloat16(tmp_path):
-    """Weights and moments are bfloat16, the average is not; stopped and resumed, it is the same run bit for bit."""
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_run_in_bfloat16(rounding, tmp_path):
+    """Weights are bfloat16, the average is not, moments are what the rounding needs; resumed, it is the same run."""
     settings = {"weight_dtype": "bfloat16", "learning_rate": 1e-2, "adam_epsilon": 1e-4, "max_train_images": 12}
+    settings["bf16_rounding"] = rounding if rounding == "nearest" else None  # stochastic is the default
     run_here(*script_arguments(tmp_path / "whole", **settings))
     assert all(line["skipped_updates"] == 0 for line in metrics(tmp_path / "whole"))
     before, after = (networks_in(tmp_path / "whole" / f"checkpoint-{images}") for images in (4, 12))
@@ -233,8 +235,9 @@ def test_a_run_in_bfloat16(tmp_path):
         assert tensor.dtype == (torch.float32 if name.startswith("ema.") else torch.bfloat16), name
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert moved == {"ema", "fake_score", "generator"}
+    moments = torch.bfloat16 if rounding == "nearest" else torch.float32
     for optimizer in optimizers_in(tmp_path / "whole" / "checkpoint-12").values():
-        assert {state["exp_avg_sq"].dtype for state in optimizer["state"].values()} == {torch.bfloat16}
+        assert {state["exp_avg_sq"].dtype for state in optimizer["state"].values()} == {moments}
     student = load_file(tmp_path / "whole" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(student[name], after[f"ema.{name}"]) for name in student)
 
@@ -242,9 +245,6 @@ def test_a_run_in_bfloat16(tmp_path):
     run_here(*script_arguments(tmp_path / "parts", resume_from_checkpoint="latest", **settings))
     resumed = networks_in(tmp_path / "parts" / "checkpoint-12")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in after.items())
+    settings |= {"weight_dtype": "float32", "bf16_rounding": None}
     with pytest.raises(UserError, match="weight_dtype .was 'bfloat16', now 'float32'"):
-        run_here(
-            *script_arguments(
-                tmp_path / "parts", resume_from_checkpoint="latest", **{**settings, "weight_dtype": "float32"}
-            )
-        )
+        run_here(*script_arguments(tmp_path / "parts", resume_from_checkpoint="latest", **settings))

@@ -2,13 +2,18 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Stopping, going on and being killed, through the real script and the real launcher: the bits are the same."""
 
+import json
+import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, script_arguments
+from score_distillation import train_sid_dit
+from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, run_here, script_arguments
 
+from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.training.checkpointing import latest_checkpoint
 
 
@@ -58,10 +63,10 @@ def test_four_steps_are_two_and_two_more(uninterrupted, tmp_path):
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-from hf_flowdistill.training import checkpointing
+from hf_flowdistill.training import checkpoint_files
 from score_distillation.train_sid_dit import main
 
-save = checkpointing.save_model
+save = checkpoint_files.save_model
 
 def save_half(network, file):
     save(network, file)
@@ -69,7 +74,7 @@ def save_half(network, file):
         os.truncate(file, os.path.getsize(file) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpointing.save_model = save_half
+checkpoint_files.save_model = save_half
 main(sys.argv[1:])
 """
 
@@ -122,3 +127,122 @@ def test_killed_in_the_middle_of_a_checkpoint(uninterrupted, tmp_path):
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-16"]
     same_bits(uninterrupted / "checkpoint-16", output_dir / "checkpoint-16")
     same_metrics(uninterrupted, output_dir)
+
+
+def in_the_generators_turn(monkeypatch, call, act):
+    """Do something in one of the generator's turns, then compute it as ever."""
+    generator_turn, calls = train_sid_dit.generator_turn, iter(range(10**6))
+
+    def turn(*inputs):
+        if next(calls) == call:
+            act()
+        return generator_turn(*inputs)
+
+    monkeypatch.setattr(train_sid_dit, "generator_turn", turn)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_told_to_stop(name, tmp_path, monkeypatch):
+    """In the second step: it is finished and saved, and the run is one that can be gone on with."""
+    handler = signal.getsignal(getattr(signal, name))
+    arguments = {"max_train_images": 12, "train_batch_size": 4, "gradient_accumulation_steps": 1}
+    run_here(*script_arguments(tmp_path / "whole", **arguments))
+    with monkeypatch.context() as patch:
+        in_the_generators_turn(patch, 1, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        run_here(*script_arguments(tmp_path / "run", **arguments, checkpointing_images=0))
+    assert signal.getsignal(getattr(signal, name)) == handler
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+    assert not (tmp_path / "run" / "student").exists()
+    run_here(*script_arguments(tmp_path / "run", **arguments, resume_from_checkpoint="latest"))
+    same_bits(tmp_path / "whole" / "checkpoint-12", tmp_path / "run" / "checkpoint-12")
+    same_metrics(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, caplog):
+    """The second of three checkpoints does not fit; the run goes on, and the others are there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    arguments = {"max_train_images": 12, "train_batch_size": 4, "gradient_accumulation_steps": 1}
+    in_the_generators_turn(monkeypatch, 1, limit(100_000))
+    in_the_generators_turn(monkeypatch, 2, limit(soft))
+    try:
+        run_here(*script_arguments(tmp_path / "run", **arguments))
+    finally:
+        limit(soft)()
+    assert "checkpoint-8 could not be written, the earlier checkpoints are kept" in caplog.text
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-4"]
+    assert len(metrics(tmp_path / "run")) == 3 and (tmp_path / "run" / "student").is_dir()
+
+
+def test_a_disk_without_room_for_a_line(tmp_path, monkeypatch, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    in_the_generators_turn(monkeypatch, 0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard)))
+    with pytest.raises(SystemExit) as stopped:
+        try:
+            exit_on_user_error(run_here)(*script_arguments(tmp_path / "run"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stopped.value.code == 1
+    assert "File too large: free some space and start again." in capsys.readouterr().err
+
+
+KILLED_AT_ANY_TIME = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from score_distillation import train_sid_dit
+from training_helpers import quiet
+
+output_dir, *arguments = sys.argv[1:]
+moments, MetricsFile = random.Random(0), train_sid_dit.monitors.MetricsFile
+write = MetricsFile.write
+unfinished, lost = 0, []
+
+for life in range(20):  # forked, as imports take longer than all the rest
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        MetricsFile.write = lambda file, record: (write(file, record), os.write(writer, b"x"))
+        try:
+            with quiet():
+                train_sid_dit.main([*arguments, "--resume_from_checkpoint=latest"])
+        finally:
+            os._exit(1)
+    os.close(writer)
+    for _ in range(moments.randrange(1, 4)):  # steps
+        assert os.read(reader, 1) == b"x"
+    time.sleep(0.05 * moments.random())
+    while life % 2 and not any(Path(output_dir).glob("checkpoint-*.tmp")):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.0005)
+    time.sleep(0.01 * moments.random())
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    unfinished += any(Path(output_dir).glob("checkpoint-*.tmp"))
+    metrics = Path(output_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    trained = json.loads(lines[-1])["images_seen"] if lines else 0
+    saved = [int(p.name.split("-")[1]) for p in Path(output_dir).glob("checkpoint-*") if not p.name.endswith(".tmp")]
+    lost.append(trained - max(saved, default=0))
+
+print(json.dumps({"trained": trained, "lost": lost, "unfinished": unfinished}))
+"""
+
+
+def test_killed_twenty_times(tmp_path):
+    """At random moments of training, half of them while a checkpoint is written; what comes of it is the same run."""
+    settings = {"num_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "checkpointing_images": 2}
+    settings["checkpoints_total_limit"] = 2
+    arguments = script_arguments(tmp_path / "killed", **settings, max_train_images=10**6)
+    killed = run_command("-c", KILLED_AT_ANY_TIME, tmp_path / "killed", *arguments)
+    told = json.loads(killed.stdout.splitlines()[-1])
+    assert max(told["lost"]) <= settings["checkpointing_images"] and told["unfinished"] > 3
+    end = {**settings, "max_train_images": told["trained"] + 4}
+    run_command(SCRIPT, *script_arguments(tmp_path / "killed", **end, resume_from_checkpoint="latest"))
+    run_command(SCRIPT, *script_arguments(tmp_path / "whole", **end))
+    same_metrics(tmp_path / "killed", tmp_path / "whole")
+    name = f"checkpoint-{end['max_train_images']}"
+    same_bits(tmp_path / "killed" / name, tmp_path / "whole" / name)

@@ -2,11 +2,15 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """test_resume.py has the whole run; here are the rules about folders."""
 
+import resource
+import subprocess
+
 import pytest
 import torch
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.training import checkpointing
+from hf_flowdistill.training.checkpoint_files import tensors_of
 from hf_flowdistill.training.checkpointing import (
     check_same_run,
     find_resume,
@@ -18,6 +22,8 @@ from hf_flowdistill.training.checkpointing import (
     save_checkpoint,
     write_run,
 )
+from hf_flowdistill.training.distributed import whole
+from hf_flowdistill.training.sharding import Sharding
 
 
 def trained(seed=0):
@@ -54,17 +60,30 @@ def test_the_latest_is_the_one_with_most_images(tmp_path):
     assert latest_checkpoint(tmp_path).name == "checkpoint-100"
 
 
-def test_rotation_waits_for_the_new_one(tmp_path, monkeypatch):
+def test_rotation_waits_for_the_new_one(tmp_path, monkeypatch, caplog):
     for images_seen in (4, 8, 12):
         save(tmp_path, images_seen, total_limit=2)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-12"}
-    monkeypatch.setattr(checkpointing.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save(tmp_path, 16, total_limit=1)
-    assert latest_checkpoint(tmp_path).name == "checkpoint-12"
-    assert (tmp_path / "checkpoint-8").is_dir()
-    remove_unfinished(tmp_path)
+    monkeypatch.setattr(checkpointing.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no more")))
+    assert save(tmp_path, 16, total_limit=1) is None
+    assert "checkpoint-16 could not be written, the earlier checkpoints are kept: no more" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+
+
+def test_a_full_disk_costs_one_checkpoint(tmp_path, caplog):
+    """The limit is the kernel's, on the size of a file: every way of writing one meets it as it would a full disk."""
+    save(tmp_path, 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (1, 300, 1500):  # in the networks' files, in the optimizers', after them
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            assert save(tmp_path, 8, total_limit=1) is None
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+        assert find_resume(tmp_path, "latest").name == "checkpoint-4"
+    assert caplog.text.count("checkpoint-8 could not be written") == 3
+    assert save(tmp_path, 8, total_limit=1) == find_resume(tmp_path, "latest")
 
 
 def test_a_later_branch_replaces_the_earlier_one(tmp_path):
@@ -90,14 +109,112 @@ def test_where_a_run_starts(tmp_path):
         read_state(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["generator.safetensors", "generator_optimizer.pt"])
-@pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_named(damage, how, tmp_path):
+@pytest.mark.parametrize("damage", ["generator.safetensors", "generator_optimizer.pt", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("how", ["cut", "altered", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(damage, how, tmp_path, caplog):
+    save(tmp_path, 4)
     file = save(tmp_path, 8) / damage
-    content = file.read_bytes()
-    file.unlink() if how == "gone" else file.write_bytes(content[: len(content) // 2])
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink() if how == "gone" else file.write_bytes(content if how == "altered" else content[: len(content) // 2])
+    for path in ("checkpoint-8", str(tmp_path / "checkpoint-8")):
+        with pytest.raises(UserError, match=r"checkpoint-8 cannot be read \(.+\): resume from an earlier one"):
+            find_resume(tmp_path, path)
+    assert find_resume(tmp_path, "latest") == tmp_path / "checkpoint-4"
+    assert "checkpoint-8 is damaged (" in caplog.text and "checkpoint-4 serves instead" in caplog.text
+    assert damage in caplog.text or damage == "SHA256SUMS"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8.damaged"]
+    save(tmp_path, 8)
+    assert find_resume(tmp_path, "latest") == tmp_path / "checkpoint-8"
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    folder = save(tmp_path, 8)
+    checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True)
+    assert checked.returncode == 0 and len(checked.stdout.splitlines()) == len(list(folder.iterdir())) - 1 == 3
+
+
+def test_without_any_whole_checkpoint_nothing_is_renamed(tmp_path):
+    """Starting anew in its place would lose it without a word."""
+    (save(tmp_path, 8) / "state.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-8 cannot be read \(state.json: No such file"):
+        find_resume(tmp_path, "latest")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_networks_of_another_kind_are_refused(tmp_path):
+    path, other = save(tmp_path, 8), {"networks": {"generator": torch.nn.Linear(4, 4)}, "optimizers": {}}
     with pytest.raises(UserError, match=r"checkpoint-8 cannot be read \(.+\): resume from an earlier one"):
-        load_checkpoint(tmp_path / "checkpoint-8", **trained())
+        load_checkpoint(path, **other)
+
+
+@pytest.fixture
+def one_shard():
+    yield Sharding("full", "cpu")
+    torch.distributed.destroy_process_group()
+
+
+def shard(sharding, run):
+    """What `trained` gives, sharded, with the same optimizer state."""
+    network = sharding.copy(sharding.shard(run["networks"]["generator"]), torch.float32)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    return {"networks": {"generator": network}, "optimizers": {"generator": optimizer}}
+
+
+def plain(run):
+    """Every number of a network and its optimizer."""
+    network, optimizer = run["networks"]["generator"], run["optimizers"]["generator"]
+    moments = [whole(value) for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    return [*(whole(tensor) for tensor in tensors_of(network).values()), *moments]
+
+
+def test_shards_and_whole_files_are_read_into_each_other(one_shard, tmp_path):
+    """And so are names with tensors, as adapters are kept."""
+    run = trained()
+    expected = plain(run)
+    assert len(expected) == 2 + 2 * 3
+    save(tmp_path, 8)
+    sharded = shard(one_shard, trained(seed=1))
+    load_checkpoint(tmp_path / "checkpoint-8", **sharded)
+    assert all(map(torch.equal, plain(sharded), expected))
+    save_checkpoint(tmp_path, **sharded, state={"images_seen": 16})
+    assert (tmp_path / "checkpoint-16" / ".metadata").exists()
+    again, back = shard(one_shard, trained(seed=2)), trained(seed=3)
+    for target in (again, back):
+        load_checkpoint(tmp_path / "checkpoint-16", **target)
+        assert all(map(torch.equal, plain(target), expected))
+
+    mapping = dict(run["networks"]["generator"].named_parameters())
+    adapters = {"networks": {"generator": mapping}, "optimizers": run["optimizers"]}
+    save_checkpoint(tmp_path, **adapters, state={"images_seen": 24})
+    load_checkpoint(tmp_path / "checkpoint-24", **sharded)
+    for images_seen in (8, 16):
+        with torch.no_grad():
+            mapping["weight"].zero_()
+        load_checkpoint(tmp_path / f"checkpoint-{images_seen}", **adapters)
+        assert all(map(torch.equal, plain(adapters), expected))
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_shard_is_named(how, one_shard, tmp_path):
+    run = shard(one_shard, trained())
+    file = save_checkpoint(tmp_path, **run, state={"images_seen": 8}) / "__0_0.distcp"
+    file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoint-8 cannot be read \(__0_0.distcp.+\): resume from an earlier one"):
+        find_resume(tmp_path, "latest")
+    with pytest.raises(UserError, match=r"checkpoint-8 cannot be read \(.+\): resume from an earlier one"):
+        load_checkpoint(tmp_path / "checkpoint-8", **run)
+
+
+def test_shards_on_a_full_disk(one_shard, tmp_path, caplog):
+    run = shard(one_shard, trained())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert save_checkpoint(tmp_path, **run, state={"images_seen": 8}) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "checkpoint-8 could not be written" in caplog.text and not any(tmp_path.iterdir())
 
 
 def test_other_settings_are_named():

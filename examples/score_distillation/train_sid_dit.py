@@ -21,17 +21,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer, weights_digest
+from hf_flowdistill.networks import (
+    Networks,
+    check_gradient_checkpointing,
+    load_pipeline,
+    move_all_but_transformer,
+    weights_digest,
+)
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
@@ -39,21 +46,28 @@ from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.arguments import (
     ArgumentParser,
+    add_network_arguments,
+    check_network_arguments,
     check_output_dir,
     image_sizes,
     json_object,
+    role_settings,
     silence_libraries,
 )
 from hf_flowdistill.training.distributed import (
+    all_ranks_agree,
     check_accelerator,
     check_world_size,
     draw_bucket,
     draw_k,
     global_indices,
     sample_noise,
+    stop_signals,
+    stream_seed,
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
+from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
@@ -69,14 +83,14 @@ PROGRESS = (
 ALLOWED = (  # which arguments, what they must be, and how to tell
     (
         """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
-        validation_images num_validation_images""",
+        validation_images num_validation_images rank""",
         "at least 1",
         lambda value: value >= 1,
     ),
     ("lr_warmup_images ema_half_life_images checkpointing_images dry_run", "at least 0", lambda value: value >= 0),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second",
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),
@@ -88,8 +102,8 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
 )
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
 FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset_config_name caption_column
-conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size
-gradient_accumulation_steps gradient_checkpointing checkpointing_images checkpoints_total_limit validation_prompts
+conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
+gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
 hub_private_repo resolution dry_run images_per_second""".split()
 
@@ -159,6 +173,8 @@ def parse_args(input_args=None):
     )
     add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
+    add_network_arguments(parser)
+
     add = parser.add_argument_group(
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
     ).add_argument
@@ -176,13 +192,15 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add(
-        "--weight_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of networks, gradients and Adam; bfloat16 is the paper's BF16, which goes without autocast",
-    )
     add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
+    add(
+        "--sharding",
+        choices=SHARDINGS,
+        default="none",
+        help="none: every process holds the networks whole; full: in shards over all processes (FSDP2); hybrid: over "
+        "those of one machine",
+    )
+    add("--cpu_offload", action="store_true", help="sharded: generator, fake score and Adam wait in main memory")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sid-dit", metavar="DIR", help="gets checkpoints, metrics.jsonl and student/")
@@ -234,6 +252,7 @@ def check_args(args):
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
     check_combinations(args)
+    check_network_arguments(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -262,6 +281,14 @@ def check_combinations(args):
         raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
     if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
         raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
+    if args.cpu_offload and args.sharding == "none":
+        raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
+    if args.cpu_offload and args.networks == "lora":
+        raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
+    if args.sharding != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
+        raise UserError(
+            "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
+        )
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     shares = args.step_shares
@@ -287,6 +314,7 @@ def plan(args, prompts, accelerator):
     """What would run, from configurations alone, and that it can as far as these tell."""
     if not accelerator.is_main_process:
         return
+    processes = args.dry_run or accelerator.num_processes
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
@@ -298,11 +326,16 @@ def plan(args, prompts, accelerator):
             pipeline_kwargs=args.pipeline_kwargs,
             weight_dtype=getattr(torch, args.weight_dtype),
             autocast=accelerator.mixed_precision,
+            shards=count_shards(args.sharding, processes),
+            cpu_offload=args.cpu_offload,
+            roles=role_settings(args),
+            bf16_rounding=args.bf16_rounding,
+            use_8bit_adam=args.use_8bit_adam,
             prompts=len(set(prompts)),
             max_train_images=args.max_train_images,
             batch_size=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
-            processes=args.dry_run or accelerator.num_processes,
+            processes=processes,
             images_per_second=args.images_per_second,
         )
     )
@@ -316,7 +349,11 @@ def main(input_args=None):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         # the others wait while the main process writes a checkpoint, which can take longer than the default allows
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(process_group_backend(args.cpu_offload), timeout=timedelta(hours=2)),
+            # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
+            AutocastKwargs(cache_enabled=args.sharding == "none"),
+        ],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -348,11 +385,14 @@ def main(input_args=None):
     # ---------------------------------------------------------------- the teacher, and how it talks to its transformer
     run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
     origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    run.pipeline = load_pipeline(args.pretrained_model_name_or_path, **origin).to(accelerator.device)
+    run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
+    run.pipeline = run.sharding.load(functools.partial(load_pipeline, args.pretrained_model_name_or_path, **origin))
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
-    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs)
+    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
+    roles = role_settings(args)
+    roles.layers(run.pipeline.transformer)  # which refuses unknown names, while that is early
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -360,22 +400,22 @@ def main(input_args=None):
         checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
+    dtype = getattr(torch, args.weight_dtype)
+    teacher = run.sharding.release(run.pipeline, dtype)
+
     # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
-    run.buckets = []
-    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
-        run.contract = contract
-        encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
-        run.buckets.append((contract, *encoded))
-    move_all_but_transformer(run.pipeline, "cpu")
+    encode_buckets(run, contracts)
+    move_all_but_transformer(run.pipeline, "cpu" if accelerator.is_main_process else "meta")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
-    run.networks = Networks.from_teacher(run.pipeline.transformer, getattr(torch, args.weight_dtype))
+    if args.gradient_checkpointing:
+        check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
+    run.networks = Networks.from_teacher(teacher, dtype, roles, copy=run.sharding.copy, seed=args.seed)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
-    run.ema = EMA(run.networks.generator, args.ema_half_life_images)
-    adam = functools.partial(build_optimizer, betas=(args.adam_beta1, args.adam_beta2), epsilon=args.adam_epsilon)
-    run.optimizers = {"generator": adam(run.networks.generator), "fake_score": adam(run.networks.fake_score)}
+    run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
+    run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
     run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
     if checkpoint is None:
@@ -392,17 +432,47 @@ def main(input_args=None):
         f"update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
         f"{args.train_batch_size}"
     )
-    train(run)
+    with stop_signals() as run.stop_signals:
+        finished = train(run)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def predict_once(run, network):
+    """One prediction of `network`: the velocity at sigma 0.5 of what the first prompt's noise is there."""
+    x_t = sample_noise(
+        run.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=run.accelerator.device
+    )
+    with run.accelerator.autocast():
+        return run.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), run.conditional[[0]].to(x_t.device))
+
+
+def build_adam(args, name, network):
+    return build_optimizer(
+        network,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        rounding=args.bf16_rounding,
+        use_8bit_adam=args.use_8bit_adam,
+        seed=stream_seed(args.seed, name),
+    )
 
 
 def read_training_prompts(args):
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
     return read_prompts(args.prompt_file, args.caption_column)
+
+
+def encode_buckets(run, contracts):
+    """Put contract and conditioning of every image size in `run.buckets`; sizes may share the latter."""
+    run.buckets = []
+    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
+        run.contract = contract
+        encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
+        run.buckets.append((contract, *encoded))
 
 
 def use_bucket(run, number):
@@ -439,7 +509,7 @@ def encode_all(run):
 
 
 def train(run):
-    """Fake score, generator, average, until max_train_images."""
+    """Fake score, generator, average, until max_train_images; False if told to stop before."""
     args, state, is_main_process = run.args, run.state, run.accelerator.is_main_process
     images_per_update = state["settings"]["images_per_update"]
     if is_main_process:
@@ -492,15 +562,21 @@ def train(run):
             run.accelerator.log(record, step=state["images_seen"])
             progress.set_postfix_str(PROGRESS.format(**record), refresh=False)
         progress.update(images_per_update)
-        if is_due(run, args.checkpointing_images):
-            if is_main_process:
-                limit = args.checkpoints_total_limit
-                checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
-            run.accelerator.wait_for_everyone()
-        if is_main_process and args.validation_prompts and is_due(run, args.validation_images):
+        stop = not all_ranks_agree(not run.stop_signals, run.accelerator.device)
+        if stop or is_due(run, args.checkpointing_images):
+            limit = args.checkpoints_total_limit
+            written = checkpointing.save_checkpoint(args.output_dir, state=state, total_limit=limit, **run.saved)
+        if stop:
+            progress.close()
+            if written is None:
+                raise SystemExit("error: told to stop, but the last steps could not be saved.")
+            logger.info(f"told to stop: {written} is written, go on with --resume_from_checkpoint latest")
+            return False
+        if args.validation_prompts and is_due(run, args.validation_images):
             for number in range(len(run.buckets)):
                 validate(use_bucket(run, number))
     progress.close()
+    return True
 
 
 def run_turn(run, turn, loss_of, k, learning_rate):
@@ -603,6 +679,8 @@ def validate(run):
                 noise_type=args.noise_type,
             )
         latents.append(x0)
+    if not run.accelerator.is_main_process:
+        return
     move_all_but_transformer(run.pipeline, device)
     images = decode(run.pipeline, run.contract, torch.cat(latents))
     move_all_but_transformer(run.pipeline, "cpu")
@@ -612,15 +690,18 @@ def validate(run):
 
 
 def save_student(run):
-    """The averaged generator as an ordinary diffusers folder, and on the Hub if asked for."""
+    """The averaged generator as an ordinary diffusers folder, with its LoRA file, and on the Hub if asked for."""
     args = run.args
+    student = run.sharding.gather(run.ema.model)
+    if not run.accelerator.is_main_process:
+        return
     guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,
         Path(args.output_dir, "student"),
         num_steps=args.num_steps,
-        transformer=run.ema.model,
+        transformer=merged(student),
         noise_type=args.noise_type,
         guidance_off=guidance_off,
         pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
@@ -633,7 +714,8 @@ def save_student(run):
         grid=monitors.last_sheet(args.output_dir, run.state),
         grid_prompts=args.validation_prompts,
     )
-    logger.info(f"the student is in {student_dir}")
+    lora = save_lora(run.pipeline, student, student_dir)
+    logger.info(f"the student is in {student_dir}" + (f", its LoRA in {lora.name}" if lora else ""))
     if args.push_to_hub:
         push_student(student_dir, args.hub_model_id, token=args.hub_token, private=args.hub_private_repo)
 

@@ -1,16 +1,20 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Loading a teacher pipeline, and the three networks of a distillation."""
+"""Loading a teacher pipeline, and the three networks of a distillation, each its own or in a role on a shared base."""
 
 import contextlib
 import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
+from hf_flowdistill.adapters import Role, SharedBase, quantize
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.watch import check_flow_matching
 
@@ -43,13 +47,12 @@ def read_index(path, *, revision=None, cache_dir=None) -> dict:
 
 
 def load_pipeline(
-    path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32, components=None
+    path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32, **components
 ) -> DiffusionPipeline:
     """Load a diffusers flow-matching pipeline from a folder or from the Hub.
 
     Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
-    the index lists as absent (SD3 without T5, say) are absent. `components` (name -> component) are taken instead of
-    those at `path`, which are not read.
+    the index lists as absent (SD3 without T5, say) are absent. Those that are given as `components` are not read.
 
     Raises:
         UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, or
@@ -57,7 +60,7 @@ def load_pipeline(
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
-    given = {name: None for name, component in index.items() if component == [None, None]} | (components or {})
+    given = {name: None for name, component in index.items() if component == [None, None]} | components
     try:
         # Pickles can run any code when they are loaded.
         how = {"variant": variant, "dtype": dtype, "use_safetensors": True}
@@ -70,10 +73,11 @@ def load_pipeline(
 
 
 def weights_digest(network: torch.nn.Module) -> str:
-    """16 hexadecimal digits that change with every weight of `network`."""
+    """16 hexadecimal digits that change with every weight of `network`; all processes ask for a sharded one's."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -85,9 +89,132 @@ def move_all_but_transformer(pipeline, device) -> None:
             component.to(device)
 
 
+def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[torch.nn.Module], torch.Tensor]) -> None:
+    """Freeze `network` and compare `predict(network)` without gradient checkpointing and with it; then it is off.
+
+    diffusers writes it anew for every class, and for some it fails or leaves out an argument of the blocks.
+
+    Raises:
+        UserError: it fails, or changes what is predicted.
+    """
+    name = type(network).__name__
+    network.requires_grad_(False)
+    with torch.enable_grad():
+        expected = predict(network)
+        try:
+            network.enable_gradient_checkpointing()
+            found = predict(network)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the installed diffusers cannot recompute the activations of {name} ({first_line(error)}): "
+                "leave out --gradient_checkpointing."
+            ) from error
+    network.disable_gradient_checkpointing()
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference < 1e-3:
+        raise UserError(
+            f"with gradient checkpointing the installed diffusers computes something else in {name} (relative "
+            f"difference {difference:.1e}): leave out --gradient_checkpointing."
+        )
+
+
+def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of a network that is not sharded, in `dtype`."""
+    return copy.deepcopy(network).to(dtype)
+
+
+def sharding_units(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of `transformer`: what is gathered, computed and released at a time where networks are sharded.
+
+    They are the members of its lists of modules that diffusers says must not be split (`_no_split_modules`), or that
+    have such a module inside if none is one, or all members where diffusers says nothing; lists inside a block do not
+    count.
+    """
+    named = set(getattr(transformer, "_no_split_modules", None) or ())
+
+    def is_named(member):
+        return not named or type(member).__name__ in named
+
+    return _members(transformer, is_named) or _members(
+        transformer, lambda member: any(map(is_named, member.modules()))
+    )
+
+
+def _members(transformer, wanted) -> list[torch.nn.Module]:
+    units, inside = [], set()
+    for module in transformer.modules():  # outer modules come before inner ones
+        if isinstance(module, torch.nn.ModuleList) and module not in inside:
+            members = [member for member in module if wanted(member)]
+            units += members
+            inside.update(inner for member in members for inner in member.modules())
+    return units
+
+
+def linear_layers(transformer: torch.nn.Module, wanted: str | None = None) -> list[str]:
+    """Full names of the linear layers of `transformer` that get a LoRA adapter.
+
+    Args:
+        wanted: comma-separated names, each a full one or the end of one, e.g. "to_k,to_q,to_v,to_out.0"; None is
+            every linear layer in `sharding_units`: attention, feed-forward and modulation, whatever they are called.
+
+    Raises:
+        UserError: a name is that of no linear layer, or there is none in the blocks.
+    """
+    names = {module: name for name, module in transformer.named_modules() if type(module) is torch.nn.Linear}
+    if wanted is None:
+        inside = {module for unit in sharding_units(transformer) for module in unit.modules()}
+        found = [name for module, name in names.items() if module in inside]
+        if not found:
+            raise UserError(
+                f"{type(transformer).__name__} has no blocks with linear layers: name some in --lora_layers."
+            )
+        return found
+    chosen = set()
+    for end in (part.strip() for part in wanted.split(",")):
+        found = {name for name in names.values() if f".{name}".endswith(f".{end}")}
+        if not found:
+            raise UserError(
+                f"--lora_layers has {end!r}, which is the end of no linear layer's name in "
+                f"{type(transformer).__name__}: one of them is {max(names.values(), key=len, default='none')}."
+            )
+        chosen |= found
+    return [name for name in names.values() if name in chosen]
+
+
+NETWORKS = ("full", "lora_fake", "lora")
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """Which networks a distillation has, and what is trained of them.
+
+    Attributes:
+        networks: "full", three networks; "lora_fake", the generator is one of its own and the fake score a LoRA
+            adapter on the teacher; or "lora", generator and fake score are two adapters on the teacher.
+        rank, lora_alpha: of the adapters; an alpha of None is the rank, which scales by 1.
+        lora_layers: as `wanted` in `linear_layers`.
+        base_quantization: of the teacher under two adapters, "none", "8bit" or "nf4"; see `adapters.quantize`.
+    """
+
+    networks: str = "full"
+    rank: int = 64
+    lora_alpha: float | None = None
+    lora_layers: str | None = None
+    base_quantization: str = "none"
+
+    def layers(self, transformer: torch.nn.Module) -> list[str]:
+        """Full names of what gets adapters, as `linear_layers`; nothing with three networks."""
+        return [] if self.networks == "full" else linear_layers(transformer, self.lora_layers)
+
+
+FULL = RoleSettings()
+
+
 @dataclass
 class Networks:
     """The three networks of a score distillation. All run in eval mode (no dropout), as the teacher does.
+
+    Each is called as the teacher's transformer is. Where they share it, they are roles on it (`adapters.Role`).
 
     Attributes:
         teacher: frozen; gradient passes through it to its input, never into its parameters.
@@ -100,17 +227,42 @@ class Networks:
     fake_score: torch.nn.Module
 
     @classmethod
-    def from_teacher(cls, teacher: torch.nn.Module, dtype: torch.dtype = torch.float32) -> "Networks":
-        """Generator and fake score as copies of `teacher` in `dtype`, which is itself frozen and made `dtype`.
+    def from_teacher(
+        cls,
+        teacher: torch.nn.Module,
+        dtype: torch.dtype = torch.float32,
+        roles: RoleSettings = FULL,
+        *,
+        copy: Callable[[torch.nn.Module, torch.dtype], torch.nn.Module] = plain_copy,
+        seed: int = 0,
+    ) -> "Networks":
+        """Networks that all start as `teacher` in `dtype`, which is itself frozen and made `dtype`, in place.
 
-        All three have one precision, because training follows small differences between their predictions. Autocast
-        still serves all three.
+        All three have one precision, because training follows small differences between their predictions; adapters
+        are float32. Autocast still serves all three. A teacher that is shared gets the adapters' layers, in place, and
+        is quantized if `roles` says so: then training follows the quantized teacher.
+
+        Args:
+            copy: makes what is trained whole, e.g. `Sharding.copy`.
+            seed: of the adapters.
+
+        Raises:
+            UserError: as `linear_layers`.
         """
         teacher.eval().to(dtype).requires_grad_(False)
-        return cls(teacher, *(copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)))
+        if roles.networks == "full":
+            return cls(teacher, *(copy(teacher, dtype).requires_grad_(True) for _ in range(2)))
+        generator = copy(teacher, dtype).requires_grad_(True) if roles.networks == "lora_fake" else None
+        targets, quantized = roles.layers(teacher), []
+        if roles.base_quantization != "none":
+            quantized = linear_layers(teacher)
+            quantize(teacher, quantized, roles.base_quantization)
+        alpha = roles.rank if roles.lora_alpha is None else roles.lora_alpha
+        shared = SharedBase(teacher, targets, rank=roles.rank, alpha=alpha, seed=seed, quantized=quantized)
+        return cls(Role(shared), generator or shared.add("generator"), shared.add("fake_score"))
 
     def trained(self) -> dict[str, torch.nn.Module]:
-        """The networks that a checkpoint has to hold, by name."""
+        """What a checkpoint has to hold, by name: networks, or adapters, each with exactly what is trained of it."""
         return {"generator": self.generator, "fake_score": self.fake_score}
 
     def enable_gradient_checkpointing(self) -> None:
@@ -120,13 +272,36 @@ class Networks:
 
     @contextlib.contextmanager
     def training(self, name: str):
-        """Only the network called `name` ("generator" or "fake_score") can receive gradient inside this context.
+        """The turn of the network called `name` ("generator" or "fake_score"): only it can receive gradient inside.
 
-        Keep the backward pass inside too: with gradient checkpointing the forward pass is run again there.
+        The backward pass belongs inside too. Later the other network may have its turn, where this one is frozen, and
+        its gradient would silently be none; so a backward pass outside, of what was computed inside, is an error.
+
+        Raises:
+            RuntimeError: from such a backward pass.
         """
         other = {"generator": self.fake_score, "fake_score": self.generator}[name]
+        over = False
+
+        def check(gradient):
+            if over:
+                raise RuntimeError(
+                    f"a backward pass through the turn of the {name} after its end: keep loss.backward() inside "
+                    f"`with networks.training({name!r})`"
+                )
+
+        def guard(network, arguments, output):
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(check)
+
+        networks = (self.teacher, self.generator, self.fake_score)
+        hooks = [network.register_forward_hook(guard) for network in networks]
         other.requires_grad_(False)
         try:
             yield getattr(self, name)
         finally:
+            over = True
             other.requires_grad_(True)
+            for hook in hooks:
+                hook.remove()

@@ -5,10 +5,11 @@
 import functools
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from hf_flowdistill.networks import FULL, RoleSettings, linear_layers, sharding_units
 from hf_flowdistill.skeleton import Shapes, load_skeleton, measure_shapes
 
 
@@ -19,36 +20,86 @@ def count(module: torch.nn.Module) -> tuple[int, int]:
     return parameters, sum(buffer.numel() for name, buffer in module.named_buffers() if name in saved)
 
 
-def sharding_units(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of `transformer`: what is gathered, computed and released at a time where networks are sharded.
+class _Trained(NamedTuple):
+    """What is trained of a network, all of it or an adapter: sizes of parameters, and values that are not trained."""
 
-    They are the members of its lists of modules that diffusers says must not be split (`_no_split_modules`), or all
-    members where it says nothing; lists inside a block do not count.
-    """
-    whole = set(getattr(transformer, "_no_split_modules", None) or ())
-    units, inside = [], set()
-    for module in transformer.modules():  # outer modules come before inner ones
-        if isinstance(module, torch.nn.ModuleList) and module not in inside:
-            members = [member for member in module if not whole or type(member).__name__ in whole]
-            units += members
-            inside.update(inner for member in members for inner in member.modules())
-    return units
+    name: str
+    sizes: list[int]
+    others: int
+    dtype: torch.dtype
+    shards: int = 1
 
 
-def training_memory(transformer, dtype: torch.dtype) -> list[tuple[str, str, int]]:
+def training_memory(
+    transformer,
+    dtype: torch.dtype,
+    roles: RoleSettings = FULL,
+    shards: int = 1,
+    *,
+    bf16_rounding: str = "stochastic",
+    use_8bit_adam: bool = False,
+) -> list[tuple[str, str, float]]:
     """(what, precision, bytes) of all that a process keeps for as long as it trains, activations aside.
 
-    The weights of the three networks, their gradients and Adam's moments are in `dtype`, the average in float32.
-    Gradients are there for one network at a time.
+    The weights of the networks are in `dtype`, but for a quantized teacher; adapters and the average are float32.
+    Gradients are in the dtype of what is trained, and there for one network at a time.
+
+    Args:
+        roles, bf16_rounding, use_8bit_adam: as for `Networks.from_teacher` and `build_optimizer`.
+        shards: over how many processes each network is sharded; adapters are whole on each.
+
+    Raises:
+        UserError: as `linear_layers`.
     """
     parameters, others = count(transformer)
-    size, precision = dtype.itemsize, _name(dtype)
-    weights = [(name, precision, (parameters + others) * size) for name in ("teacher", "generator", "fake score")]
-    moments = [
-        (f"Adam's moments of the {name}", precision, 2 * parameters * size) for name in ("generator", "fake score")
+    whole = _Trained("{}", [parameter.numel() for parameter in transformer.parameters()], others, dtype, shards)
+    adapter = _Trained("adapter of the {}", _adapter_sizes(transformer, roles), 0, torch.float32)
+    kinds = {"full": (whole, whole), "lora_fake": (whole, adapter), "lora": (adapter, adapter)}[roles.networks]
+    trained = dict(zip(("generator", "fake score"), kinds))
+    teacher = (_name(dtype), (parameters + others) * dtype.itemsize / shards)
+    if roles.base_quantization != "none":
+        teacher = (roles.base_quantization, _quantized_size(transformer, dtype, roles.base_quantization))
+    values = [(sum(kind.sizes) + kind.others) / kind.shards for kind in kinds]
+    weights = [
+        (kind.name.format(name), _name(kind.dtype), size * kind.dtype.itemsize)
+        for (name, kind), size in zip(trained.items(), values)
     ]
-    average = ("average of the generator", "float32", (parameters + others) * 4)
-    return [*weights, average, *moments, ("gradients of one network", precision, parameters * size)]
+    moments = [
+        (f"Adam's moments of the {name}", *_moments(kind, bf16_rounding, use_8bit_adam))
+        for name, kind in trained.items()
+    ]
+    gradients = max((sum(kind.sizes) * kind.dtype.itemsize / kind.shards, _name(kind.dtype)) for kind in kinds)
+    return [
+        ("teacher", *teacher),
+        *weights,
+        ("average of the generator", "float32", values[0] * 4),
+        *moments,
+        ("gradients of one network", *reversed(gradients)),
+    ]
+
+
+def _adapter_sizes(transformer, roles: RoleSettings) -> list[int]:
+    layers = [transformer.get_submodule(name) for name in roles.layers(transformer)]
+    return [roles.rank * size for layer in layers for size in (layer.in_features, layer.out_features)]
+
+
+def _quantized_size(transformer, dtype: torch.dtype, kind: str) -> int:
+    """Bytes of a transformer whose blocks' linear layers are quantized: values and their scales; and of the rest."""
+    layers = [transformer.get_submodule(name) for name in linear_layers(transformer)]
+    sizes = [(layer.weight.numel(), layer.out_features) for layer in layers]
+    if kind == "nf4":  # one float32 for every 64 values
+        quantized = sum(math.ceil(size / 2) + 4 * math.ceil(size / 64) for size, _ in sizes)
+    else:  # one float32 for every row
+        quantized = sum(size + 4 * rows for size, rows in sizes)
+    return quantized + (sum(count(transformer)) - sum(size for size, _ in sizes)) * dtype.itemsize
+
+
+def _moments(kind: _Trained, bf16_rounding: str, use_8bit_adam: bool) -> tuple[str, float]:
+    """(precision, bytes) of Adam's two moments; bitsandbytes keeps those of fewer than 4,096 values in float32."""
+    if use_8bit_adam:
+        return "8bit", sum(2 * size + 8 * math.ceil(size / 256) if size >= 4096 else 8 * size for size in kind.sizes)
+    dtype = kind.dtype if bf16_rounding == "nearest" else torch.float32
+    return _name(dtype), 2 * sum(kind.sizes) * dtype.itemsize / kind.shards
 
 
 def describe_plan(
@@ -62,6 +113,11 @@ def describe_plan(
     pipeline_kwargs: dict[str, Any] | None = None,
     weight_dtype: torch.dtype = torch.float32,
     autocast: str = "no",
+    shards: int = 1,
+    cpu_offload: bool = False,
+    roles: RoleSettings = FULL,
+    bf16_rounding: str = "stochastic",
+    use_8bit_adam: bool = False,
     prompts: int,
     max_train_images: int,
     batch_size: int,
@@ -74,13 +130,16 @@ def describe_plan(
     Args:
         aspect_ratio_buckets: (height, width) of all sizes; None where there is one.
         pipeline_kwargs: of every call of the teacher's pipeline.
-        weight_dtype, autocast: of the weights, gradients and moments; of the computation ("no" or "bf16").
+        weight_dtype, autocast: of the weights and gradients; of the computation ("no" or "bf16").
+        shards: over how many processes each network is sharded; 1 is not at all.
+        cpu_offload: whether all but the teacher waits in main memory.
+        roles, bf16_rounding, use_8bit_adam: as for `training_memory`.
         prompts: how many distinct ones.
         batch_size, accumulation, processes: whose product is the number of images per update.
         images_per_second: of all processes together; None leaves the time out.
 
     Raises:
-        UserError: as `load_skeleton` and `measure_shapes`.
+        UserError: as `load_skeleton`, `measure_shapes` and `linear_layers`.
     """
     load = functools.partial(load_skeleton, path, revision=revision, cache_dir=cache_dir)
     skeleton = load()
@@ -101,8 +160,11 @@ def describe_plan(
         lines.append(f"prompts: {prompts:,} distinct, {together / 1e9:,.2f} GB{least} of conditioning")
     except NotImplementedError as error:
         lines.append(f"image and text: their sizes are not known without the weights ({error})")
-    lines.append(f"precision: {_name(weight_dtype)} weights, {autocast} autocast")
-    lines += describe_memory(skeleton.transformer, weight_dtype)
+    lines += describe_roles(skeleton.transformer, roles)
+    rounding = ", rounded stochastically" if weight_dtype == torch.bfloat16 and bf16_rounding == "stochastic" else ""
+    lines.append(f"precision: {_name(weight_dtype)} weights{rounding}, {autocast} autocast")
+    settings = {"bf16_rounding": bf16_rounding, "use_8bit_adam": use_8bit_adam}
+    lines += describe_memory(skeleton.transformer, weight_dtype, roles, shards, cpu_offload, **settings)
     per_update = batch_size * accumulation * processes
     updates = math.ceil(max_train_images / per_update)
     images = updates * per_update
@@ -146,12 +208,43 @@ def describe_shapes(shapes: Shapes, *, height: int, width: int) -> list[str]:
     ]
 
 
-def describe_memory(transformer, dtype: torch.dtype) -> list[str]:
-    """Lines: what each process keeps, by role and precision."""
-    rows = training_memory(transformer, dtype)
-    rows.append(("together", "", sum(size for *_, size in rows)))
-    table = [f"  {what:<32} {precision:<8} {size / 1e9:>8,.2f} GB" for what, precision, size in rows]
-    return ["memory of each process, before activations:", *table]
+def describe_roles(transformer, roles: RoleSettings) -> list[str]:
+    """A line on the adapters, if there are any."""
+    if roles.networks == "full":
+        return []
+    layers = len(roles.layers(transformer))
+    size = sum(_adapter_sizes(transformer, roles))
+    return [f"networks: {roles.networks}, rank {roles.rank} on {layers:,} linear layers, {size:,} parameters each"]
+
+
+def describe_memory(
+    transformer,
+    dtype: torch.dtype,
+    roles: RoleSettings = FULL,
+    shards: int = 1,
+    cpu_offload: bool = False,
+    **settings,
+) -> list[str]:
+    """Lines: the rows of `training_memory`, and their sum.
+
+    With `cpu_offload`, what belongs to networks that are trained whole is listed apart, as in main memory.
+    """
+    rows = training_memory(transformer, dtype, roles, shards, **settings)
+    stays = "teacher" if roles.networks == "full" else ("teacher", "adapter", "Adam's moments of the fake score")
+    waiting = [row for row in rows if cpu_offload and not row[0].startswith(stays)]
+    rows = [row for row in rows if row not in waiting]
+    if shards > 1 or cpu_offload:
+        units = [count(unit)[0] for unit in sharding_units(transformer)]
+        gathered = count(transformer)[0] - sum(units) + 2 * max(units, default=0)  # the next while one is computed
+        rows.append(("gathered for a moment, at most", _name(dtype), gathered * dtype.itemsize))
+    sharded = f" that holds 1/{shards} of each network" if shards > 1 else ""
+    lines = [f"memory of each process{sharded}, before activations:", *_table(rows)]
+    return lines + ["in main memory, of each process:", *_table(waiting)] if waiting else lines
+
+
+def _table(rows: list[tuple[str, str, float]]) -> list[str]:
+    rows = [*rows, ("together", "", sum(size for *_, size in rows))]
+    return [f"  {what:<32} {precision:<8} {size / 1e9:>8,.2f} GB" for what, precision, size in rows]
 
 
 def describe_conditioning(conditioning: dict[str, tuple[tuple[int, ...], int]]) -> str:

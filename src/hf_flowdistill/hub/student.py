@@ -88,7 +88,7 @@ def load_student(path, settings, *, dtype, revision=None, variant=None, cache_di
         for name, kind in student["own_components"].items()
     }
     teacher = {"revision": student["teacher_revision"], "cache_dir": cache_dir}
-    return load_pipeline(student["base_model"], dtype=dtype, components=parts, **teacher)
+    return load_pipeline(student["base_model"], dtype=dtype, **teacher, **parts)
 
 
 def few_step_pipeline(pipeline, settings):

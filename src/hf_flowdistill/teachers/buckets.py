@@ -3,6 +3,7 @@
 """Several image sizes of one teacher: a contract for each, and which of them share their conditioning."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +15,23 @@ from hf_flowdistill.teachers.learning import PROMPTS, learn_contract
 
 
 def learn_contracts(
-    pipeline, sizes: Sequence[tuple[int, int]], pipeline_kwargs: dict[str, Any] | None = None
+    pipeline,
+    sizes: Sequence[tuple[int, int]],
+    pipeline_kwargs: dict[str, Any] | None = None,
+    *,
+    row_by_row: bool = False,
 ) -> list[Contract]:
-    """`learn_contract` for each of `sizes`, (height, width) in pixels.
+    """`learn_contract` for each of `sizes`, (height, width) in pixels; `row_by_row` is of `Contract`.
 
     Raises:
         UserError: as `learn_contract`, or the times of the network depend on the size: those of a student are among
             its defaults, for one size.
     """
     contracts = [
-        learn_contract(pipeline, height=height, width=width, pipeline_kwargs=pipeline_kwargs)
+        replace(
+            learn_contract(pipeline, height=height, width=width, pipeline_kwargs=pipeline_kwargs),
+            row_by_row=row_by_row,
+        )
         for height, width in sizes
     ]
     sigma = torch.linspace(0.01, 0.99, 99)

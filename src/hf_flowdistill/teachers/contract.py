@@ -70,6 +70,8 @@ class Contract:
         dtypes: path -> dtype in the pipeline's own call.
         embedded_guidance: (argument, factor) where the transformer is given factor * a scale, else None.
         embedded_guidance_argument: the pipeline's argument for that scale.
+        row_by_row: prompts whose embeddings may differ in length go one to a call, also where they do not: processes
+            with shards of one network have to make equally many calls of it, whatever their prompts.
         replay_error: largest error of the replay against the pipeline's own outputs, relative to the largest output.
     """
 
@@ -100,6 +102,7 @@ class Contract:
     embedded_guidance: tuple[str, float] | None = None
     embedded_guidance_argument: str | None = None
     guidance: Guidance = Guidance()
+    row_by_row: bool = False
     replay_error: float = float("nan")
 
     def velocity(self, transformer, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -308,7 +311,7 @@ class Contract:
                 values = conditioning.tensors[path + LENGTH].tolist()
             else:
                 continue
-            keys = [(*key, value) for key, value in zip(keys, values, strict=True)]
+            keys = [(*key, value) for key, value in zip(keys, range(len(keys)) if self.row_by_row else values)]
         groups: dict[tuple, list[int]] = {}
         for row, key in enumerate(keys):
             groups.setdefault(key, []).append(row)
@@ -330,7 +333,9 @@ class Contract:
 
 
 def _floating_dtype(transformer) -> torch.dtype:
-    return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
+    """Of what `transformer` is given; a role (`adapters.Role`) says it, since its adapter may have another."""
+    said = getattr(transformer, "input_dtype", None)
+    return said or next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
 def _moved(value, device):

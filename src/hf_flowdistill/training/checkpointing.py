@@ -2,21 +2,26 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Checkpoints that are either whole or absent, and the record of which run they belong to."""
 
+import functools
+import hashlib
 import json
+import logging
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+import torch.distributed as dist
 
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.training.checkpoint_files import are_sharded, read_shards, read_whole, write_shards, write_whole
+from hf_flowdistill.training.distributed import is_distributed, on_main, process_rank, together
 
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
+CHECKSUM_FILE = "SHA256SUMS"  # as of sha256sum, which can check it too
 RUN_FILE = "run.json"
 
 
@@ -30,24 +35,68 @@ def latest_checkpoint(output_dir) -> Path | None:
     return next(reversed(checkpoints(output_dir)), None)
 
 
-def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict, total_limit=None) -> Path:
-    """Write `checkpoint-<images_seen>`: one safetensors file per network, one file per optimizer, and `state`.
+def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict, total_limit=None) -> Path | None:
+    """Write `checkpoint-<images_seen>`; every process calls this, with the same names and the same `state`.
 
-    The folder is written under a temporary name, flushed to the disk, and renamed, so a crash at any moment leaves the
-    earlier checkpoints and at most an unfinished folder, which `remove_unfinished` clears. Only then are the oldest
-    ones beyond `total_limit` (None: no limit) deleted. `state` is JSON and must hold "images_seen".
+    Where nothing is sharded, the main process writes one safetensors file per network and one file per optimizer; else
+    every process writes what it holds. The folder is written under a temporary name, with the checksums of its files,
+    flushed to the disk, and renamed, so a crash at any moment leaves the earlier checkpoints and at most an unfinished
+    folder, which `remove_unfinished` clears. Only then are the oldest ones beyond `total_limit` (None: no limit)
+    deleted.
+
+    Args:
+        networks: name -> a module, or a mapping of names to tensors.
+        optimizers: name -> the optimizer.
+        state: JSON, which must hold "images_seen".
+
+    Returns:
+        The folder; None if it could not be written, on a full disk for instance. Then the reason is logged, what there
+        is of it is deleted, and the earlier checkpoints are as they were.
     """
     target = Path(output_dir) / f"checkpoint-{state['images_seen']}"
     unfinished = target.with_name(target.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for name, network in networks.items():
-        save_model(network, str(unfinished / f"{name}.safetensors"))
-    for name, optimizer in optimizers.items():
-        torch.save(optimizer.state_dict(), unfinished / f"{name}_optimizer.pt")
-    (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    for path in [*unfinished.iterdir(), unfinished]:
-        flush(path)
+    sharded, rank = are_sharded(networks), process_rank()
+
+    def prepare():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def write() -> dict[str, str]:
+        (write_shards if sharded else write_whole)(unfinished, networks, optimizers)
+        if rank == 0:
+            (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        mine = [
+            p for p in unfinished.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name[:2] != "__")
+        ]
+        return {path.name: _checksum(path) for path in mine}
+
+    def finish(checksums: list[dict[str, str]]):
+        lines = sorted(f"{digest}  {name}\n" for part in checksums for name, digest in part.items())
+        (unfinished / CHECKSUM_FILE).write_text("".join(lines))
+        for path in [*unfinished.iterdir(), unfinished]:
+            flush(path)
+        _put_in_place(unfinished, target)
+
+    try:
+        on_main(prepare)
+        checksums = together(write) if sharded else [on_main(write)]
+        on_main(functools.partial(finish, checksums))
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            logger.warning(
+                f"{target.name} could not be written, the earlier checkpoints are kept: {first_line(error)}"
+            )
+        return None
+    if rank == 0 and total_limit is not None:
+        for old in checkpoints(output_dir)[:-total_limit]:
+            doomed = old.with_name(old.name + ".tmp")  # half deleted, it must not pass for a checkpoint
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+    return target
+
+
+def _put_in_place(unfinished: Path, target: Path) -> None:
     if target.exists():  # an earlier branch of this run got as far; its checkpoint makes way
         replaced = target.with_name(target.name + ".old.tmp")
         os.replace(target, replaced)
@@ -56,31 +105,22 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
     else:
         os.replace(unfinished, target)
     flush(target.parent)
-    if total_limit is not None:
-        for old in checkpoints(output_dir)[:-total_limit]:
-            doomed = old.with_name(old.name + ".tmp")  # half deleted, it must not pass for a checkpoint
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
-    return target
 
 
 def load_checkpoint(path, *, networks: dict, optimizers: dict) -> dict:
     """Load what `save_checkpoint` wrote into `networks` and `optimizers`, in place, and return its state.
 
+    It may have been written by another number of processes, and with other sharding. Every process calls this.
+
     Raises:
-        UserError: if a file is missing or cannot be read.
+        UserError: on all processes, if a file is missing or cannot be read on one.
     """
     path = Path(path)
+    read = read_shards if (path / ".metadata").exists() else read_whole
     try:
-        for name, network in networks.items():
-            load_model(network, str(path / f"{name}.safetensors"))
-        for name, optimizer in optimizers.items():
-            saved = torch.load(path / f"{name}_optimizer.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(saved)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({first_line(error)}): resume from an earlier one."
-        ) from error
+        together(functools.partial(read, path, networks, optimizers))
+    except OSError as error:
+        raise UserError(_unreadable(path, first_line(error))) from error
     return read_state(path)
 
 
@@ -142,18 +182,39 @@ def read_run(output_dir, *, resume: bool) -> list[dict]:
 
 
 def find_resume(output_dir, resume: str | None) -> Path | None:
-    """Which checkpoint to go on from; None is a fresh start.
+    """Which checkpoint to go on from; None is a fresh start. All processes call this, and share the reading.
 
-    `resume` is None, "latest" (a fresh start if there is no checkpoint yet), or the path of a checkpoint.
+    `resume` is None, "latest" (a fresh start if there is no checkpoint yet), or the path of a checkpoint. The latest
+    is the one with most images whose files have their checksums. Damaged ones after it are told, and renamed to
+    `checkpoint-<images_seen>.damaged`, which nothing reads or deletes.
 
     Raises:
-        UserError: if the checkpoint does not exist.
+        UserError: if the checkpoint does not exist, or is damaged: then the file is named.
     """
     if resume is None:
         return None
-    output_dir = Path(output_dir)
-    if resume == "latest":
-        return latest_checkpoint(output_dir)
+    output_dir, damaged = Path(output_dir), {}
+    for path in reversed(checkpoints(output_dir)) if resume == "latest" else [_checkpoint_at(output_dir, resume)]:
+        reasons = [reason for reason in together(functools.partial(_damage, path)) if reason]
+        if not reasons:
+            break
+        damaged[path] = reasons[0]
+    else:
+        if damaged:
+            raise UserError(_unreadable(*next(iter(damaged.items()))))
+        return None
+    if process_rank() == 0:
+        for other, reason in damaged.items():
+            aside = other.with_name(other.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(other, aside)
+            logger.warning(
+                f"{other} is damaged ({reason}): it was renamed to {aside.name}, {path.name} serves instead"
+            )
+    return path
+
+
+def _checkpoint_at(output_dir: Path, resume: str) -> Path:
     path = Path(resume)
     if not path.is_dir():
         path = output_dir / resume
@@ -161,6 +222,34 @@ def find_resume(output_dir, resume: str | None) -> Path | None:
         known = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
         raise UserError(f"there is no checkpoint {resume}: {output_dir} holds {known}.")
     return path
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with this process's share of a checkpoint's files."""
+    try:
+        lines = (path / CHECKSUM_FILE).read_text().splitlines()
+    except (OSError, ValueError):
+        return f"it has no readable {CHECKSUM_FILE}"
+    size = dist.get_world_size() if is_distributed() else 1
+    for digest, _, name in [line.partition("  ") for line in lines][process_rank() :: size]:
+        try:
+            if _checksum(path / name) != digest:
+                return f"{name} does not have its checksum"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return f"the checkpoint {path} cannot be read ({reason}): resume from an earlier one."
 
 
 def check_same_run(recorded: dict, current: dict) -> None:

@@ -2,9 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Exponential moving average of a network, with its half-life in images."""
 
-import copy
-
 import torch
+
+from hf_flowdistill.networks import plain_copy
 
 
 def ema_decay(batch_size: int, images_seen: int, half_life_images: float, rampup: float = 0.05) -> float:
@@ -19,10 +19,15 @@ def ema_decay(batch_size: int, images_seen: int, half_life_images: float, rampup
 
 
 class EMA:
-    """A float32 copy of `model` in `ema.model` that follows it; the copy never carries gradient."""
+    """A float32 copy of `model` in `ema.model` that follows it; the copy never carries gradient.
 
-    def __init__(self, model: torch.nn.Module, half_life_images: float = 500_000, rampup: float = 0.05):
-        self.model = copy.deepcopy(model).float().requires_grad_(False).eval()
+    `copy(model, dtype)` makes it, e.g. `Sharding.copy`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, half_life_images: float = 500_000, rampup: float = 0.05, copy=plain_copy
+    ):
+        self.model = copy(model, torch.float32).requires_grad_(False).eval()
         self.half_life_images = half_life_images
         self.rampup = rampup
 
