@@ -23,6 +23,7 @@ from training_helpers import (
 )
 
 from hf_flowdistill.adapters import LORA_FILE
+from hf_flowdistill.commands import export
 from hf_flowdistill.errors import UserError
 
 
@@ -102,6 +103,10 @@ def test_the_student_is_merged_with_its_lora_beside_it(teacher, tmp_path):
     assert load_file(student_dir / LORA_FILE).keys() == {
         f"transformer.{name}" for name in load_file(tmp_path / "run" / "checkpoint-8" / "ema.safetensors")
     }
+    export.main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "again")])
+    for file in (LORA_FILE, "transformer/diffusion_pytorch_model.safetensors"):
+        ours, theirs = (load_file(folder / file) for folder in (tmp_path / "again", student_dir))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,19 @@ class RoleSettings:
         """Full names of what gets adapters, as `linear_layers`; nothing with three networks."""
         return [] if self.networks == "full" else linear_layers(transformer, self.lora_layers)
 
+    def share(self, teacher: torch.nn.Module, *, seed: int = 0) -> SharedBase:
+        """`teacher`, in place, as the base of adapters, quantized if it is to be.
+
+        Raises:
+            UserError: as `linear_layers`.
+        """
+        targets, quantized = self.layers(teacher), []
+        if self.base_quantization != "none":
+            quantized = linear_layers(teacher)
+            quantize(teacher, quantized, self.base_quantization)
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return SharedBase(teacher, targets, rank=self.rank, alpha=alpha, seed=seed, quantized=quantized)
+
 
 FULL = RoleSettings()
 
@@ -253,12 +266,7 @@ class Networks:
         if roles.networks == "full":
             return cls(teacher, *(copy(teacher, dtype).requires_grad_(True) for _ in range(2)))
         generator = copy(teacher, dtype).requires_grad_(True) if roles.networks == "lora_fake" else None
-        targets, quantized = roles.layers(teacher), []
-        if roles.base_quantization != "none":
-            quantized = linear_layers(teacher)
-            quantize(teacher, quantized, roles.base_quantization)
-        alpha = roles.rank if roles.lora_alpha is None else roles.lora_alpha
-        shared = SharedBase(teacher, targets, rank=roles.rank, alpha=alpha, seed=seed, quantized=quantized)
+        shared = roles.share(teacher, seed=seed)
         return cls(Role(shared), generator or shared.add("generator"), shared.add("fake_score"))
 
     def trained(self) -> dict[str, torch.nn.Module]:

@@ -2,22 +2,22 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Write a run, a checkpoint or someone else's student as an ordinary diffusers repository, with its model card."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 from diffusers.utils import make_image_grid
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 
+from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.commands.card import add_evaluation_arguments, read_evaluation
 from hf_flowdistill.commands.inspect import check_device, own_resolution
-from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.card import write_card
 from hf_flowdistill.hub.export import add_results, check_export_dir, check_shared_components, export_student
 from hf_flowdistill.hub.published import load_published
 from hf_flowdistill.hub.settings import read_settings, write_settings
 from hf_flowdistill.hub.student import few_step_pipeline, load_student
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks import RoleSettings, load_pipeline
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import learn_contract
 from hf_flowdistill.training import checkpointing, monitors
@@ -85,9 +85,12 @@ def main(input_args):
     student["pipeline_kwargs"] = {n: v for n, v in student["pipeline_kwargs"].items() if n not in guidance_off}
 
     pipeline.to("cpu")
+    network = student.pop("network", pipeline.transformer)
     folder = export_student(
         pipeline,
         args.output_dir,
+        transformer=merged(network),
+        dtype=DTYPES[args.dtype],
         guidance_off=guidance_off,
         shared_components=args.shared_components,
         repo_id=args.repo_id,
@@ -96,6 +99,7 @@ def main(input_args):
         example_prompt=(args.prompts or [None])[0],
         **student,
     )
+    save_lora(pipeline, network, folder)
     if args.prompts:
         draw_grid(folder, args)
     print(folder)
@@ -114,11 +118,8 @@ def from_run(args):
     check_shared_components(args.shared_components, teacher)
     origin = {} if args.teacher else {"revision": settings["revision"], "variant": settings["variant"]}
     pipeline = load_pipeline(teacher, dtype=DTYPES[args.dtype], cache_dir=args.cache_dir, **origin)
-    try:
-        load_model(pipeline.transformer, checkpoint / "ema.safetensors")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} cannot be read into {teacher}'s network: {first_line(error)}") from error
     return pipeline, {
+        "network": load_average(checkpoint, pipeline.transformer, settings),
         "num_steps": settings["num_steps"],
         "noise_type": settings["noise_type"],
         "pipeline_kwargs": {**settings["pipeline_kwargs"], "height": settings["height"], "width": settings["width"]},
@@ -128,6 +129,14 @@ def from_run(args):
         "run": monitors.training_facts(checkpoint.parent, state),
         "grid": monitors.last_sheet(checkpoint.parent, state),
     }
+
+
+def load_average(checkpoint, transformer, settings):
+    """The averaged generator of a checkpoint: the teacher's `transformer` with its weights, or in its role."""
+    roles = RoleSettings(**{f.name: settings[f.name] for f in dataclasses.fields(RoleSettings) if f.name in settings})
+    network = roles.share(transformer).add("student") if roles.networks == "lora" else transformer
+    checkpointing.load_checkpoint(checkpoint, networks={"ema": network}, optimizers={})
+    return network
 
 
 def from_repo(args):
