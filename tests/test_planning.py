@@ -239,3 +239,17 @@ def test_memory_of_shards_and_of_what_waits():
     split = lines.index("in main memory, of each process:")
     assert list(table(*lines[:split])) == ["teacher", "gathered for a moment, at most", "together"]
     assert list(table(*lines[split:])) == [name for name in whole if name != "teacher"]
+
+
+def test_memory_of_shards_beside_adapters():
+    """Adapters and what belongs to them are whole on every process, and in its accelerator's memory."""
+    transformer, roles = load_skeleton(published_teacher("sd3.5-large")).transformer, RoleSettings("lora_fake")
+    whole, eighth = (
+        {what: size for what, _, size in training_memory(transformer, torch.bfloat16, roles, shards)}
+        for shards in (1, 8)
+    )
+    stays = ["adapter of the fake score", "Adam's moments of the fake score"]
+    assert {name: whole[name] / (1 if name in stays else 8) for name in whole} == eighth
+    lines = describe_memory(transformer, torch.bfloat16, roles, shards=8, cpu_offload=True)
+    waiting = lines[lines.index("in main memory, of each process:") + 1 : -1]
+    assert len(waiting) == len(whole) - len(stays) - 1 and not any("fake score" in line for line in waiting)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from score_distillation import train_sid_dit
 from test_resume import LAUNCH, same_bits, same_metrics
 from training_helpers import (
-    largest_difference,
     metrics,
     networks_in,
     quiet,
@@ -50,27 +49,6 @@ def test_four_steps_are_two_and_two_more(networks, tmp_path):
     assert moved == {"ema", "fake_score", "generator"}
     with pytest.raises(UserError, match=r"networks \(was '.*', now 'full'\), rank \(was 4, now None\)"):
         run_here(*script_arguments(parts, **more))
-
-
-@pytest.mark.parametrize("networks", ADAPTERS)
-def test_accumulation_changes_nothing(networks, tmp_path):
-    """One image x 4 micro-batches and four images x 1, the latter with checkpointed activations."""
-    common = {"networks": networks, "rank": 4, "max_train_images": 12, "checkpointing_images": 12}
-    shape = {"train_batch_size": 1, "gradient_accumulation_steps": 4}
-    run_here(*script_arguments(tmp_path / "many", **common, **shape))
-    shape = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
-    run_here(*script_arguments(tmp_path / "one", "--gradient_checkpointing", **common, **shape))
-    many, one = (networks_in(tmp_path / name / "checkpoint-12") for name in ("many", "one"))
-    assert largest_difference(many, one) < 2e-6
-
-
-def test_two_processes_are_one(tmp_path):
-    common = {"networks": "lora", "rank": 4, "max_train_images": 8, "checkpointing_images": 8}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", LAUNCH[-1])
-    run_command(*torchrun, *script_arguments(tmp_path / "two", train_batch_size=1, **common))
-    run_here(*script_arguments(tmp_path / "one", **common))
-    one, two = (networks_in(tmp_path / name / "checkpoint-8") for name in ("one", "two"))
-    assert largest_difference(one, two) < 2e-6
 
 
 def drawn(pipeline, scheduler, **arguments):
@@ -153,6 +131,18 @@ REFUSED = {
         {"networks": "lora", "weight_dtype": "bfloat16", "bf16_rounding": "stochastic"},
         "LoRAs are float32: choose --weight_dtype bfloat16 and --networks full or lora_fake",
     ),
+    "shards of a quantized base": (
+        {"networks": "lora", "base_quantization": "nf4", "sharding": "full"},
+        "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding",
+    ),
+    "shards of moments": (
+        {"sharding": "hybrid", "config": "use_8bit_adam: true"},
+        "bitsandbytes takes no shards: leave out --use_8bit_adam",
+    ),
+    "nothing to offload": (
+        {"networks": "lora", "sharding": "full", "config": "cpu_offload: true"},
+        "--cpu_offload is of networks that are trained whole, which --networks lora has none of",
+    ),
 }
 
 
@@ -160,6 +150,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_go_together_is_refused(case, dry_run, tmp_path):
     settings, sentence = REFUSED[case]
+    if "config" in settings:
+        (tmp_path / "flags.yaml").write_text(settings["config"])
+        settings = {**settings, "config": tmp_path / "flags.yaml"}
     with pytest.raises(UserError, match=sentence) as error:
         run_here(*script_arguments(tmp_path / "run", dry_run=dry_run, **settings))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

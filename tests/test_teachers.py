@@ -4,6 +4,7 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,6 +143,27 @@ def halves(contract, outputs):
     ]
     outputs = [output.reshape(-1, *contract.latent_shape) for output in outputs]
     return outputs[::-1] if contract.guidance.conditional_first else outputs
+
+
+def test_as_many_calls_as_rows_where_lengths_may_differ(case):
+    """Equal texts too, if the contract says so, and nothing else changes."""
+    contract, calls = replace(case.contract, row_by_row=True), []
+    conditional, _ = encode_prompts(case.pipeline, contract, [*PROMPTS, PROMPTS[0]])
+    rows = conditional[[0, 0, 1]]
+    x_t = torch.randn(3, *contract.latent_shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.3, 0.5, 0.9])
+    hook = case.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found, expected = (
+            one.velocity(case.pipeline.transformer, x_t, sigma, rows) for one in (contract, case.contract)
+        )
+    hook.remove()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    depends = any(
+        slot.kind == "shared" or (slot.kind == "tensor" and slot.ragged is not None)
+        for slot in contract.slots.values()
+    )
+    assert len(calls) == (3 + 2 if depends else 1 + 1)
 
 
 class guiders_set:
