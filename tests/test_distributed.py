@@ -53,12 +53,12 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 SIX_STEPS = {"max_train_images": 24, "checkpointing_images": 12, "learning_rate": 3e-4}
-LORA = {"rank": 4, "learning_rate": 3e-3}
+LORA = {"rank": 4, "fake_score_learning_rate": 3e-3}
 KINDS = {
     "full": {},
     "lora_fake": {"networks": "lora_fake", **LORA},
-    "lora": {"networks": "lora", **LORA},
-    "text of any length": {"pipeline_kwargs": None},
+    "lora": {"networks": "lora", **LORA, "learning_rate": 3e-3},
+    "text of any length": {},  # with its own teacher and prompts, see below
 }
 EQUAL = {  # how six steps of four images on one process are divided: processes, and arguments
     "two processes": (2, ["--train_batch_size=1"]),
@@ -97,7 +97,7 @@ def line_of(tmp_path_factory):
     def line(kind, name, arguments):
         settings = {"prompt_file": prompts, **SIX_STEPS, **KINDS[kind]}
         if name not in ("one", "two processes"):
-            settings["conditioning_cache_dir"] = folder / kind / "one" / "conditioning"
+            settings["conditioning_cache_dir"] = folder / kind / "conditioning"
         resume = f"--resume_from_checkpoint={folder / kind / 'shards' / 'checkpoint-12'}"
         arguments = [resume if argument == "FROM SHARDS" else argument for argument in arguments]
         if kind == "lora" and "--cpu_offload" in arguments:  # there is nothing to offload
