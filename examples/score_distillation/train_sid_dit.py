@@ -46,12 +46,9 @@ from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.arguments import (
     ArgumentParser,
-    add_network_arguments,
-    check_network_arguments,
     check_output_dir,
     image_sizes,
     json_object,
-    role_settings,
     silence_libraries,
 )
 from hf_flowdistill.training.distributed import (
@@ -66,6 +63,7 @@ from hf_flowdistill.training.distributed import (
     stream_seed,
 )
 from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
