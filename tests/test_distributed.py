@@ -98,6 +98,21 @@ def same_checkpoint(run, expected):
             torch.testing.assert_close(moments[index]["exp_avg_sq"], values["exp_avg_sq"], rtol=1e-3, atol=1e-6)
 
 
+def test_a_shared_rollout_is_the_same_on_two_processes_and_after_resuming(one, prompts, tmp_path):
+    """4 x 1 images on one process against 1 x 2 on two, which one then goes on from with 1 x 4."""
+    together, apart = ((tmp_path / name, "--share_rollout") for name in ("together", "apart"))
+    settings = {"prompt_file": prompts, **SIX_STEPS}
+    run_here(*script_arguments(*together, **settings, train_batch_size=4, gradient_accumulation_steps=1))
+    settings["train_batch_size"] = 1
+    run_command(*TORCHRUN, *script_arguments(*apart, **settings | {"max_train_images": 12}))
+    resumed = {"gradient_accumulation_steps": 4, "resume_from_checkpoint": "latest"}
+    run_here(*script_arguments(*apart, **settings, **resumed))
+    same_run(together[0], apart[0])
+    same_checkpoint(apart[0], together[0])
+    networks = [networks_in(run / "checkpoint-24") for run in (one, together[0])]
+    assert largest_difference(*networks) > 1e-4  # it is another training
+
+
 def test_two_processes_are_one(one, prompts, tmp_path):
     """Six steps of 1 image x 2 micro-batches x 2 processes."""
     arguments = script_arguments(tmp_path / "two", prompt_file=prompts, train_batch_size=1, **SIX_STEPS)
