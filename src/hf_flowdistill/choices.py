@@ -31,8 +31,8 @@ class Sharding(NamedTuple):
     offloaded: bool
 
 
-# What can be chosen, and the arguments of the training script for it. Of the networks: what makes them of a transformer
-# without values and its dtype, and their optimizers.
+# What can be chosen, and the arguments of the training script for it. Of the networks: what makes them of a
+# transformer without values and its dtype, and their optimizers.
 NETWORKS = {"full": ("", Networks.from_teacher, build_optimizer)}
 PRECISIONS = {
     "AMP": Precision("--mixed_precision bf16", torch.float32, True),
@@ -91,7 +91,7 @@ def list_choices(
     progress: Callable = lambda choices: choices,
     **origin,
 ) -> list[Choice]:
-    """Every choice for the teacher at `path`, each rehearsed (`rehearsal.rehearse`), those of least memory last.
+    """Every choice for the teacher at `path`, each rehearsed (`rehearsal.rehearse`).
 
     Args:
         gpus: how many processes, with an accelerator each.
@@ -137,7 +137,7 @@ def list_choices(
         shares = [_shares(gpus, SHARDINGS[name], where) for name in here for where in ("accelerator", "main memory")]
         peaks = rehearse(
             made,
-            [average.model],
+            average.model,
             contract,
             optimizer,
             batch_size=batch_size,

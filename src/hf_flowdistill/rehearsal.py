@@ -174,7 +174,7 @@ def embeds_guidance(contract: Contract) -> bool:
 
 def rehearse(
     networks: Networks,
-    averages: Sequence[torch.nn.Module],
+    average: torch.nn.Module,
     contract: Contract,
     build_optimizer: Callable,
     *,
@@ -194,11 +194,11 @@ def rehearse(
     "update" (what optimizers take besides) and "activations" (all else).
 
     Args:
-        networks, averages: on the meta device; their parameters are replaced by fake ones.
+        networks, average: on the meta device; their parameters are replaced by fake ones.
         contract: of `stand_in_contract`.
         build_optimizer: network -> its optimizer.
-        config: of the turns, which stop at the generator's first sampler step: those that others have before their last
-            one run without a graph, and leave nothing.
+        config: of the turns, which stop at the generator's first sampler step: what others have before their last step
+            runs without a graph, and leaves nothing.
         autocast: to bfloat16; with `autocast_cache`, a weight's copy in bfloat16 is kept until the backward pass.
         foreach: how Adam goes through the parameters; accelerators do it all at once, which takes more memory.
         views: as for `MemoryTracker`.
@@ -207,7 +207,7 @@ def rehearse(
     tracker = MemoryTracker(views)
     with tracker:
         named = {"teacher": networks.teacher, "generator": networks.generator, "fake score": networks.fake_score}
-        named |= {"average of the generator": average for average in averages}
+        named["average of the generator"] = average
         for name, network in named.items():
             with tracker.component(name):
                 _fill(network, mode)
