@@ -9,7 +9,7 @@ halves of guidance everywhere, the mean over sampler steps k = 1..4), over the b
 PyTorch's FlopCounterMode counts matrix products, convolutions and attention, on any machine alike.
 
 Timed: the training script itself, on a teacher of ten times the shapes teacher's size. The time in the networks is
-that of all calls of a transformer and of all backward passes; the rest is draws, losses, optimizers, average and files.
+that of all calls of a transformer and of all backward passes; the rest is draws, losses, optimizers and files.
 """
 
 import functools

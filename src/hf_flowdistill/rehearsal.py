@@ -84,10 +84,10 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self.storages:
-                old, size = self.storages[id(storage)]
+                reference, old, size = self.storages[id(storage)]
                 self._count(old, -size)
                 self._count(name, size)
-                self.storages[id(storage)] = name, size
+                self.storages[id(storage)] = reference, name, size
             else:
                 self._see(storage, name)
 
@@ -95,13 +95,14 @@ class MemoryTracker(TorchDispatchMode):
         self.largest = [0.0] * len(self.views)
 
     def _see(self, storage, name):
-        if id(storage) not in self.storages:
-            self.storages[id(storage)] = name, storage.nbytes()
+        key = id(storage)
+        if key not in self.storages:
+            reference = weakref.ref(storage, lambda _: self._gone(key))
+            self.storages[key] = reference, name, storage.nbytes()
             self._count(name, storage.nbytes())
-            weakref.finalize(storage, self._gone, id(storage)).atexit = False
 
     def _gone(self, key):
-        name, size = self.storages.pop(key)
+        _, name, size = self.storages.pop(key)
         self._count(name, -size)
 
     def _count(self, name, size):
@@ -115,10 +116,11 @@ class MemoryTracker(TorchDispatchMode):
         return self.shares[name]
 
     def _look(self):
-        for i, view in enumerate(self.views):
-            if self.totals[i] > self.largest[i]:
-                self.largest[i] = self.totals[i]
-                self.peaks[i] = Peak(self.when, {name: size * view(name) for name, size in self.live.items() if size})
+        for i, total in enumerate(self.totals):
+            if total > self.largest[i]:
+                self.largest[i] = total
+                parts = {name: size * self._shares(name)[i] for name, size in self.live.items()}
+                self.peaks[i] = Peak(self.when, {name: size for name, size in parts.items() if size})
 
 
 def stand_in_contract(shapes: Shapes, *, height: int, width: int) -> Contract:
