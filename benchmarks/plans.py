@@ -23,7 +23,7 @@ from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
 
 
-MACHINES = ((1, 24), (1, 80), (8, 80))  # GPUs, GB of each
+MACHINES = {1: (24, 80), 8: (80,)}  # GPUs -> GB of each
 
 
 def main():
@@ -38,12 +38,14 @@ def main():
     for name in args.teachers:
         size, seconds = {"height": 1024, "width": 1024}, time.process_time()
         plans = {}
-        for gpus, memory in MACHINES:
-            plan = list_choices(
-                published_teacher(name), gpus=gpus, memory=memory * 1e9, batch_sizes=args.train_batch_size, **size
+        for gpus, memories in MACHINES.items():
+            choices = list_choices(
+                published_teacher(name), gpus=gpus, memory=0, batch_sizes=args.train_batch_size, **size
             )
-            plans[f"{gpus}x{memory}"] = [choice.as_dict() | {"command": None} for choice in plan]
-            print(f"{name} at 1024, {gpus}x{memory} GB\n\n{format_choices(plan)}\n", flush=True)
+            for memory in memories:
+                plan = [choice.in_memory(memory * 1e9) for choice in choices]
+                plans[f"{gpus}x{memory}"] = [choice.as_dict() | {"command": None} for choice in plan]
+                print(f"{name} at 1024, {gpus}x{memory} GB\n\n{format_choices(plan)}\n", flush=True)
         print(f"{name}: {(time.process_time() - seconds) / len(MACHINES):.0f} CPU seconds a plan", flush=True)
         found[name] = plans
         path.parent.mkdir(exist_ok=True)

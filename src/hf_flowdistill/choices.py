@@ -4,7 +4,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,10 @@ class Choice:
     main_memory: float
     fits: bool
     command: str
+
+    def in_memory(self, memory: float) -> "Choice":
+        """The same on accelerators of `memory` bytes."""
+        return replace(self, fits=max(self.peak.bytes, self.start) <= SHARE * memory)
 
     def as_dict(self) -> dict:
         return asdict(self) | {"peak_bytes": self.peak.bytes}
@@ -164,10 +168,10 @@ def list_choices(
                 "peak": peak,
                 "start": start,
                 "main_memory": waiting.bytes,
-                "fits": max(peak.bytes, start) <= SHARE * memory,
+                "fits": False,
                 "command": _command(path, gpus, " ".join(filter(None, flags))),
             }
-            choices.append(Choice(**choice))
+            choices.append(Choice(**choice).in_memory(memory))
     return choices
 
 
