@@ -151,8 +151,8 @@ def time_step(images: int, batch_size: int) -> dict:
 
 def main():
     parser = ArgumentParser(prog="work.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--batch_size", type=int, default=8, metavar="IMAGES", help="of the timed training")
-    parser.add_argument("--updates", type=int, default=4, metavar="N", help="that are timed")
+    parser.add_argument("--batch_size", type=int, default=48, metavar="IMAGES", help="of the timed training")
+    parser.add_argument("--updates", type=int, default=2, metavar="N", help="that are timed")
     parser.add_argument("--output_file", default=str(ROOT / "benchmarks/results/work.json"), metavar="FILE.json")
     args = parser.parse_args()
     silence_libraries()
