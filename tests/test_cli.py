@@ -97,7 +97,7 @@ def test_what_cannot_be_planned_is_one_sentence(words, said, capsys):
 
 def test_nothing_fits(capsys):
     more = "--resolution=32", "--share_rollout", "--pipeline_kwargs", json.dumps({"max_sequence_length": 16})
-    lines = printed(capsys, "plan", saved_teacher("stable_diffusion_3"), "--memory=0.001", *more)
+    lines = printed(capsys, "plan", saved_teacher("stable_diffusion_3"), "--memory=0.0001", *more)
     assert lines[-1] == "Nothing fits."
     assert all(line.endswith(" no |") for line in lines if line.startswith("| full "))
 
