@@ -44,6 +44,64 @@ def test_inspect_prints_the_contract(teacher, lines, capsys):
     assert error < 1e-4
 
 
+def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
+    """On two GPUs that hold a sharded training of the tiny teacher, but not a whole one."""
+    words = ("--resolution=32", "--pipeline_kwargs", json.dumps({"max_sequence_length": 16}))
+    path, file = saved_teacher("stable_diffusion_3"), tmp_path / "plan.json"
+    plan = ("plan", path, "--gpus=2", *words, f"--output_file={file}")
+    whole = printed(capsys, *plan, "--memory=80")
+    choices = json.loads(file.read_text())
+    assert len(choices) == len([line for line in whole if line.startswith("| full ")]) == 2 * 2 * 3
+    assert all(choice["fits"] for choice in choices)
+    commands = [line for line in whole if line.startswith("accelerate launch -q --multi_gpu --num_processes 2 ")]
+    assert commands == [choice["command"] for choice in choices]
+    assert f"--pretrained_model_name_or_path {path} " in commands[0] and "--mixed_precision bf16" in commands[0]
+
+    def find(**wanted):
+        (choice,) = (c for c in choices if all(c[name] == value for name, value in wanted.items()))
+        return choice
+
+    for precision in ("AMP", "BF16"):
+        none, full, waiting = (
+            find(precision=precision, sharding=sharding, gradient_checkpointing=True)
+            for sharding in ("none", "full", "full, offloaded")
+        )
+        parts, halves = none["peak"]["components"], full["peak"]["components"]
+        assert halves["generator"] == parts["generator"] / 2
+        assert set(waiting["peak"]["components"]) == {"teacher", "activations", "gathered"}
+        assert none["main_memory"] == full["main_memory"] == 0 < waiting["main_memory"]
+        assert none["peak_bytes"] == sum(parts.values())
+        saved = find(precision=precision, sharding="none", gradient_checkpointing=False)["peak"]["components"]
+        assert parts["activations"] < saved["activations"]
+    assert find(precision="BF16", sharding="none", gradient_checkpointing=True)["peak"]["components"]["teacher"] == (
+        find(precision="AMP", sharding="none", gradient_checkpointing=True)["peak"]["components"]["teacher"] / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus=0"], "--gpus is 0: it must be above 0."),
+        (["--memory=-1"], "--memory is -1: it must be above 0."),
+        (["--train_batch_size", "2", "0"], "--train_batch_size is 0: it must be above 0."),
+        (["--output_file=no/such/place.json"], "--output_file no/such/place.json is in no folder that exists."),
+        (["--resolution=36"], "have to be divisible by 8 but are 36 and 36"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(words, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        printed(capsys, "plan", saved_teacher("stable_diffusion_3"), *words)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_fits(capsys):
+    more = "--resolution=32", "--share_rollout", "--pipeline_kwargs", json.dumps({"max_sequence_length": 16})
+    lines = printed(capsys, "plan", saved_teacher("stable_diffusion_3"), "--memory=0.0001", *more)
+    assert lines[-1] == "Nothing fits."
+    assert all(line.endswith(" no |") for line in lines if line.startswith("| full "))
+
+
 def test_inspect_asks_for_the_pipelines_own_size(capsys):
     """SD3's 8 latents of 4 pixels each; what is not asked for may come from a file."""
     path = saved_teacher("stable_diffusion_3")
@@ -82,7 +140,7 @@ def test_inspect_asks_for_the_pipelines_own_size(capsys):
         (["push", "./nowhere"], "the following arguments are required: --repo_id"),
         (["verify", "me/student", "--local_dir=a", "--cache_dir=b"], "leave out --cache_dir"),
         (["verify", "a/b/c"], "'a/b/c' is no repository id"),
-        (["expect"], "flowdistill has no command expect: choose one of inspect, export, card, push, verify."),
+        (["expect"], "flowdistill has no command expect: choose one of inspect, plan, export, card, push, verify."),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_code_2(words, sentence, capsys):

@@ -58,6 +58,7 @@ KINDS = {
     "full": {},
     "lora_fake": {"networks": "lora_fake", **LORA},
     "lora": {"networks": "lora", **LORA, "learning_rate": 3e-3},
+    "one rollout": {},  # with --share_rollout
     "text of any length": {},  # with its own teacher and prompts, see below
 }
 EQUAL = {  # how six steps of four images on one process are divided: processes, and arguments
@@ -77,6 +78,7 @@ EQUAL = {  # how six steps of four images on one process are divided: processes,
     "two images at a time": (2, ["--gradient_accumulation_steps=1", "--sharding=full"]),
 }
 CASES = [(kind, name) for kind in ("full", "lora_fake", "lora") for name in list(EQUAL)[:-1]]
+CASES += [("one rollout", "two processes"), ("one rollout", "one image at a time")]
 CASES += [("text of any length", "two images at a time")]
 
 
@@ -100,6 +102,8 @@ def line_of(tmp_path_factory):
             settings["conditioning_cache_dir"] = folder / kind / "conditioning"
         resume = f"--resume_from_checkpoint={folder / kind / 'shards' / 'checkpoint-12'}"
         arguments = [resume if argument == "FROM SHARDS" else argument for argument in arguments]
+        if kind == "one rollout":
+            arguments.append("--share_rollout")
         if kind == "lora" and "--cpu_offload" in arguments:  # there is nothing to offload
             arguments.remove("--cpu_offload")
         return folder / kind / name, script_arguments(folder / kind / name, *arguments, **settings)
@@ -186,6 +190,11 @@ def same_checkpoint(kind, run, expected):
         for index, values in saved["state"].items():
             assert moments[index]["step"] == values["step"] == 6
             torch.testing.assert_close(moments[index]["exp_avg_sq"], values["exp_avg_sq"], rtol=1e-3, atol=1e-6)
+
+
+def test_a_shared_rollout_is_another_training(one):
+    networks = [networks_in(one[kind] / "checkpoint-24") for kind in ("full", "one rollout")]
+    assert largest_difference(*networks) > 1e-4
 
 
 def test_what_two_processes_write(one, two):

@@ -187,6 +187,18 @@ def test_no_pass_is_run_twice_and_no_graph_built_in_vain(k):
     ]
 
 
+def test_one_rollout_serves_both_turns():
+    """What the generator's turn leaves is what the fake score's turn would make, which then runs no generator."""
+    networks, contract, one = fresh_networks(), teacher()[1], batch(3)
+    alone, _ = fake_score_turn(networks, contract, batch(3), SiDConfig())
+    generator_turn(networks, contract, one, SiDConfig())
+    assert not one.x0.requires_grad
+    passes = count_passes(networks)
+    shared, _ = fake_score_turn(networks, contract, one, SiDConfig())
+    assert passes == [("fake_score", 2 * BATCH, True)]
+    assert torch.equal(shared, alone)
+
+
 def test_guidance_that_is_off_costs_nothing():
     networks, contract = fresh_networks(), teacher()[1]
     passes = count_passes(networks)

@@ -49,6 +49,15 @@ def same_metrics(first, second):
     assert lines(first) == lines(second)
 
 
+def test_a_shared_rollout_resumes_to_the_same_bits(tmp_path):
+    whole, parts = ((tmp_path / name, "--share_rollout") for name in ("whole", "parts"))
+    run_here(*script_arguments(*whole, max_train_images=12))
+    run_here(*script_arguments(*parts, max_train_images=4))
+    run_here(*script_arguments(*parts, max_train_images=12, resume_from_checkpoint="latest"))
+    same_bits(whole[0] / "checkpoint-12", parts[0] / "checkpoint-12")
+    same_metrics(whole[0], parts[0])
+
+
 def test_four_steps_are_two_and_two_more(uninterrupted, tmp_path):
     output_dir = tmp_path / "run"
     run_command(*LAUNCH, *script_arguments(output_dir, max_train_images=8))

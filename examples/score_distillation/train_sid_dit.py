@@ -149,6 +149,12 @@ def parse_args(input_args=None):
         help="end with the sampler steps one after the other, each for its share of the images: --num_steps numbers "
         "that sum to 1 or less. Before that, and by default always, every update draws one of them",
     )
+    add(
+        "--share_rollout",
+        action="store_true",
+        help="the fake score learns from what the generator's turn, which then comes first, has made: about a "
+        "tenth less work. By default each turn has prompts and images of its own",
+    )
     add("--alpha", type=float, default=1.0, metavar="X", help="of the generator loss; 1 is Eq. 18")
     add("--weighting", default="1-sigma", metavar="NAME", help=f"of the generator loss: {', '.join(WEIGHTINGS)}")
     add("--loss_scale", type=float, default=100.0, metavar="X", help="factor on the generator loss")
@@ -530,8 +536,10 @@ def train(run):
             end=args.max_train_images,
         )
         fake_rate, rate = factor * args.fake_score_learning_rate, factor * args.learning_rate
-        fake_taken, fake_metrics = run_turn(run, "fake_score", fake_score_turn, k, fake_rate)
-        taken, metrics = run_turn(run, "generator", generator_turn, k, rate)
+        run.rollouts = []
+        turns = [("fake_score", fake_score_turn, k, fake_rate), ("generator", generator_turn, k, rate)]
+        results = {turn[0]: run_turn(run, *turn) for turn in (turns[::-1] if args.share_rollout else turns)}
+        (fake_taken, fake_metrics), (taken, metrics) = results["fake_score"], results["generator"]
         state["step"] += 1
         state["images_seen"] += images_per_update
         run.ema.update(run.networks.generator, batch_size=images_per_update, images_seen=state["images_seen"])
@@ -586,6 +594,8 @@ def run_turn(run, turn, loss_of, k, learning_rate):
             with run.accelerator.autocast():
                 loss, metrics = loss_of(run.networks, run.contract, batch, run.config)
             (loss / accumulation).backward()
+            if run.args.share_rollout and turn == "generator":
+                run.rollouts.append(batch.x0)
             micro_batches.append({f"{turn}_loss": loss.detach(), **metrics})
     metrics = monitors.average_metrics(micro_batches)
     taken, metrics[f"{turn}_grad_norm"] = apply_update(
@@ -606,7 +616,8 @@ def draw_batch(run, turn, micro_batch, k):
     draw = functools.partial(
         sample_noise, seed=args.seed, step=run.state["step"], indices=indices, device=accelerator.device
     )
-    rows = run.prompts.rows(turn, [run.state["images_seen"] + i for i in indices])
+    prompts = "generator" if args.share_rollout else turn
+    rows = run.prompts.rows(prompts, [run.state["images_seen"] + i for i in indices])
     return SiDBatch(
         conditional=run.conditional[rows].to(accelerator.device),
         unconditional=run.unconditional,
@@ -614,6 +625,7 @@ def draw_batch(run, turn, micro_batch, k):
         noises=lambda i: draw(latent_shape, purpose=f"{turn} step {i}"),
         sigma=sigma_from_normal(draw((), purpose=f"{turn} sigma"), args.sigma_mean, args.sigma_std),
         noise=draw(latent_shape, purpose=f"{turn} noise"),
+        x0=run.rollouts[micro_batch] if args.share_rollout and turn == "fake_score" else None,
     )
 
 

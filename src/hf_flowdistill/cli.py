@@ -10,6 +10,7 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 
 COMMANDS = {  # a module of commands/, imported when it is called, since torch and diffusers take seconds
     "inspect": "Print how a pipeline talks to its transformer, or why it cannot be a teacher.",
+    "plan": "Tell which ways of training a pipeline fit on given GPUs, and how to run them.",
     "export": "Write a run, a checkpoint or someone else's student as an ordinary diffusers repository.",
     "card": "Write the model card of an exported student again, with an evaluation for instance.",
     "push": "Publish an exported student on the Hub, in one commit.",

@@ -4,7 +4,7 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -27,6 +27,8 @@ class Shapes:
         text_tokens: lengths of the embeddings together, for a prompt of two words.
         longer_with_prompt: whether they grow with the prompt, so that all of this holds for such a prompt only.
         conditioning: argument -> (shape, bytes) of what comes with a prompt.
+        call: all arguments of a call of the transformer, of `batch` samples.
+        batch: 2 if the pipeline guides by itself in one call, else 1.
     """
 
     latent: tuple[str, tuple[int, ...]]
@@ -34,6 +36,8 @@ class Shapes:
     text_tokens: int
     longer_with_prompt: bool
     conditioning: dict[str, tuple[tuple[int, ...], int]]
+    call: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    batch: int = 1
 
     @property
     def bytes_per_prompt(self) -> int:
@@ -139,6 +143,8 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         text_tokens=sum(max(row.shape[:-1]) for key, row in embeddings.items() if key != latent),
         longer_with_prompt=any(row.shape != last.shape for _, row, last in rows.values()),
         conditioning={key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in first.items()},
+        call=dict(seen[0]),
+        batch=batch,
     )
 
 

@@ -55,6 +55,8 @@ class SiDBatch:
         noises: i -> noise of sampler step i (from 0), [B, ...].
         sigma: noise level of the loss, [B], in (0, 1).
         noise: noise of the loss, [B, ...].
+        x0: what the generator makes of `noises`, [B, ...], without graph; `generator_turn` leaves it here, and
+            `fake_score_turn` takes it where it is given, instead of running the generator again.
     """
 
     conditional: Any
@@ -63,6 +65,7 @@ class SiDBatch:
     noises: Callable[[int], Tensor]
     sigma: Tensor
     noise: Tensor
+    x0: Tensor | None = None
 
 
 def generate_x0(generator, contract, conditional, noises, *, k=None, num_steps=4, noise_type="fresh") -> Tensor:
@@ -91,10 +94,10 @@ def fake_score_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCo
     """The fake score's loss on what the generator makes: (scalar, metrics of detached scalars).
 
     Gradient reaches `networks.fake_score` alone, through both halves of its guided prediction; the generator runs
-    without a graph.
+    without a graph, or not at all if `batch.x0` is there.
     """
     with torch.no_grad():
-        x0 = _generate(networks, contract, batch, config)
+        x0 = _generate(networks, contract, batch, config) if batch.x0 is None else batch.x0
         x_t = flow.add_noise(x0, batch.noise, batch.sigma)
     velocity_fake = contract.guided_velocity(
         networks.fake_score,
@@ -115,6 +118,7 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     parameters the caller has frozen (`Networks.training("generator")`).
     """
     x0 = _generate(networks, contract, batch, config)
+    batch.x0 = x0.detach()
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
 
     def predict_x0(network, scale, mode):

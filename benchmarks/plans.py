@@ -1,0 +1,56 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What trainings of published teachers take on one GPU and on eight, as `flowdistill plan` tells it: tables and JSON.
+
+    python benchmarks/plans.py
+
+Rehearsed from the published configurations (`tests/published`), without weights and without a GPU.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+from published_teachers import published_teacher  # noqa: E402
+
+from hf_flowdistill.choices import format_choices, list_choices  # noqa: E402
+from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
+from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
+
+
+MACHINES = {1: (24, 80), 8: (80,)}  # GPUs -> GB of each
+
+
+def main():
+    parser = ArgumentParser(prog="plans.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--teachers", nargs="+", default=["sd3.5-large", "flux.1-dev"], metavar="NAME")
+    parser.add_argument("--train_batch_size", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--output_file", default=str(ROOT / "benchmarks/results/plans.json"), metavar="FILE.json")
+    args = parser.parse_args()
+    silence_libraries()
+    path = Path(args.output_file)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name in args.teachers:
+        size, seconds = {"height": 1024, "width": 1024}, time.process_time()
+        plans = {}
+        for gpus, memories in MACHINES.items():
+            choices = list_choices(
+                published_teacher(name), gpus=gpus, memory=0, batch_sizes=args.train_batch_size, **size
+            )
+            for memory in memories:
+                plan = [choice.in_memory(memory * 1e9) for choice in choices]
+                plans[f"{gpus}x{memory}"] = [choice.as_dict() | {"command": None} for choice in plan]
+                print(f"{name} at 1024, {gpus}x{memory} GB\n\n{format_choices(plan)}\n", flush=True)
+        print(f"{name}: {(time.process_time() - seconds) / len(MACHINES):.0f} CPU seconds a plan", flush=True)
+        found[name] = plans
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,80 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Tell which ways of training a pipeline fit on given GPUs, from its configurations alone, and how to run them."""
+
+import functools
+import json
+import shlex
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hf_flowdistill.choices import SHARE, format_choices, list_choices
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
+
+
+def main(input_args):
+    parser = ArgumentParser(prog="flowdistill plan", description=__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_PATH", help="a diffusers pipeline: a Hub id or a folder")
+    add("--gpus", type=int, default=1, metavar="N", help="how many there are")
+    add("--memory", type=float, default=80.0, metavar="GB", help="of each of them")
+    add("--train_batch_size", type=int, nargs="+", default=[1], metavar="N", help="images per process and micro-batch")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+    add("--resolution", type=int, default=1024, metavar="PIXELS", help="height and width of the images")
+    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
+    add(
+        "--guidance_mode",
+        choices=("cfg", "embedded", "both"),
+        help="of teacher and fake score; by default embedded where the transformer embeds a scale, else cfg",
+    )
+    add("--share_rollout", action="store_true", help="as of train_sid_dit.py")
+    add(
+        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
+    )
+    add("--output_file", metavar="FILE.json", help="all figures as JSON")
+    args = parser.parse_args(input_args)
+    numbers = {name: [getattr(args, name)] for name in ("gpus", "memory", "resolution", "height", "width")}
+    for name, values in (numbers | {"train_batch_size": args.train_batch_size}).items():
+        for value in values:
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"--{name} is {value:g}: it must be above 0.")
+    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
+        raise UserError(f"--output_file {args.output_file} is in no folder that exists.")
+
+    silence_libraries()
+    more = [] if args.guidance_mode is None else [f"--guidance_mode {args.guidance_mode}"]
+    more += [
+        f"--{name} {value}" for name in ("revision", "resolution", "height", "width") if (value := getattr(args, name))
+    ]
+    if args.pipeline_kwargs:
+        more.append(f"--pipeline_kwargs {shlex.quote(json.dumps(args.pipeline_kwargs))}")
+    try:
+        choices = list_choices(
+            args.model,
+            gpus=args.gpus,
+            memory=args.memory * 1e9,
+            height=args.height or args.resolution,
+            width=args.width or args.resolution,
+            batch_sizes=args.train_batch_size,
+            guidance_mode=args.guidance_mode,
+            pipeline_kwargs=args.pipeline_kwargs,
+            share_rollout=args.share_rollout,
+            arguments=" ".join(more),
+            progress=functools.partial(tqdm, leave=False, unit="rehearsal"),
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except NotImplementedError as error:
+        raise UserError(f"{args.model} cannot be planned without its weights: {first_line(error)}") from error
+    print(f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n")
+    print(format_choices(choices))
+    fitting = [choice for choice in choices if choice.fits]
+    print("\nWhat fits:\n" if fitting else "\nNothing fits.")
+    print("\n".join(choice.command for choice in fitting), end="\n" * bool(fitting))
+    if args.output_file:
+        listed = json.dumps([choice.as_dict() for choice in choices], indent=2)
+        Path(args.output_file).write_text(listed + "\n", encoding="utf-8")
