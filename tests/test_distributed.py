@@ -39,7 +39,7 @@ from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT)
 SEVERAL_RUNS = """
 import json, sys
 from accelerate.state import PartialState
@@ -132,7 +132,7 @@ def two(line_of, one):
     }
     program = folder() / "several_runs.py"
     program.write_text(SEVERAL_RUNS)
-    run_command(*TORCHRUN, program, json.dumps([line for _, line in runs.values()]))
+    run_command(*TORCHRUN[:-1], program, json.dumps([line for _, line in runs.values()]))
     return {case: output_dir for case, (output_dir, _) in runs.items()}
 
 
