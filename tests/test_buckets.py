@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from score_distillation import train_sid_dit
 from teacher_cases import learned
-from test_distributed import SCRIPT, TORCHRUN
+from test_distributed import TORCHRUN
 from test_resume import same_bits, same_metrics
 from training_helpers import (
     folder,
@@ -104,7 +104,7 @@ def test_two_steps_and_four_more_are_six(uninterrupted, tmp_path):
 
 def test_two_processes_are_one(uninterrupted, tmp_path):
     arguments = script_arguments(tmp_path / "two", max_train_images=12, train_batch_size=1, **BUCKETS)
-    run_command(*TORCHRUN, SCRIPT, *arguments)
+    run_command(*TORCHRUN, *arguments)
     one, two = networks_in(uninterrupted / "checkpoint-12"), networks_in(tmp_path / "two" / "checkpoint-12")
     assert largest_difference(one, two) < 2e-6
 
