@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Which ways of training a teacher fit on given accelerators: every choice rehearsed, as a table."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,10 +34,10 @@ class Sharding(NamedTuple):
 
 # What can be chosen, and the arguments of the training script for it. Of the networks: what makes them of a
 # transformer without values and its dtype, and their optimizers.
-NETWORKS = {"full": ("", Networks.from_teacher, build_optimizer)}
+NETWORKS = {"full": ("", Networks.from_teacher, functools.partial(build_optimizer, rounding="nearest"))}
 PRECISIONS = {
     "AMP": Precision("--mixed_precision bf16", torch.float32, True),
-    "BF16": Precision("--weight_dtype bfloat16", torch.bfloat16, False),
+    "BF16": Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False),
 }
 CHECKPOINTING = {True: "--gradient_checkpointing", False: ""}
 SHARDINGS = {
