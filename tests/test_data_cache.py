@@ -297,6 +297,18 @@ print(json.dumps(left))
 """
 
 
+def test_what_a_kill_left_unfinished_goes(tmp_path):
+    def encode(texts):
+        return [Conditioning({"embeds": torch.zeros(1, 2)}) for _ in texts]
+
+    cached_conditioning(tmp_path, KEY, ["a"], encode)
+    whole = contents(tmp_path)
+    for name in ("unfinished-0.tmp", ".tmpA1b2C3"):  # ours, and what safetensors renames to it
+        (tmp_path / name).write_bytes(b"half")
+    cached_conditioning(tmp_path, KEY, ["a"], encode)
+    assert contents(tmp_path) == whole
+
+
 def test_killed_at_ten_random_moments(tmp_path):
     """Each time one run is killed and a second one goes on: the same bytes as without, and nothing encoded twice."""
     left = json.loads(run_command("-c", KILLED, tmp_path).stdout.splitlines()[-1])

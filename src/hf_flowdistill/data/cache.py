@@ -181,8 +181,9 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
             f"the conditioning cache {folder} is from another encoder, which differs in {', '.join(differing)}: "
             "give another --conditioning_cache_dir."
         )
-    for path in folder.glob("unfinished-*.tmp"):
-        path.unlink()
+    for pattern in ("unfinished-*.tmp", ".tmp*"):  # the latter is what safetensors writes before it renames
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tuple[Path, int]], list[Path]]:
