@@ -78,7 +78,8 @@ def generate_x0(generator, contract, conditional, noises, *, k=None, num_steps=4
     return rollout(velocity_fn, noises, k=k, num_steps=num_steps, noise_type=noise_type)
 
 
-def _generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> Tensor:
+def generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> Tensor:
+    """`generate_x0` of a batch."""
     return generate_x0(
         networks.generator,
         contract,
@@ -97,7 +98,7 @@ def fake_score_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCo
     without a graph, or not at all if `batch.x0` is there.
     """
     with torch.no_grad():
-        x0 = _generate(networks, contract, batch, config) if batch.x0 is None else batch.x0
+        x0 = generate(networks, contract, batch, config) if batch.x0 is None else batch.x0
         x_t = flow.add_noise(x0, batch.noise, batch.sigma)
     velocity_fake = contract.guided_velocity(
         networks.fake_score,
@@ -117,7 +118,7 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     Gradient flows through x0 directly and through x_t into the inputs of the teacher and of the fake score, whose
     parameters the caller has frozen (`Networks.training("generator")`).
     """
-    x0 = _generate(networks, contract, batch, config)
+    x0 = generate(networks, contract, batch, config)
     batch.x0 = x0.detach()
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
 

@@ -133,8 +133,7 @@ class Contract:
         if len(groups) == 1:
             return self._velocity(transformer, x_t, sigma, conditioning)
         parts = [self._velocity(transformer, x_t[rows], sigma[rows], conditioning[rows]) for rows in groups]
-        order = torch.tensor([row for rows in groups for row in rows]).argsort()
-        return torch.cat(parts)[order.to(x_t.device)]
+        return torch.cat(parts)[self.places(conditioning).to(x_t.device)]
 
     def _velocity(self, transformer, x_t, sigma, conditioning):
         arguments = self.transformer_arguments(x_t, sigma, conditioning, _floating_dtype(transformer))
@@ -187,16 +186,26 @@ class Contract:
 
         Gradient flows through both halves. Other arguments, returned tensor and errors as in `velocity`.
         """
+        inputs = self.guided_inputs(x_t, sigma, conditional, unconditional, scale, mode)
+        velocity = self.velocity(transformer, *inputs)
+        return velocity if len(velocity) == len(x_t) else guide(*velocity.chunk(2), scale)
+
+    def guided_inputs(
+        self, x_t, sigma, conditional, unconditional, scale, mode=None
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """(x_t, sigma, conditioning) with which `guided_velocity` calls `velocity`.
+
+        Of B samples, or of twice as many, the unconditional half first: the conditional half is the last B of either.
+        """
         if mode is not None:
             embedded = 1.0 if mode == "cfg" else scale
             conditional = conditional.with_embedded_guidance(embedded)
             unconditional = unconditional.with_embedded_guidance(embedded)
         if scale == 1 or mode == "embedded":
-            return self.velocity(transformer, x_t, sigma, conditional)
+            return x_t, sigma, conditional
         batch = x_t.shape[0]
         both = Conditioning.cat([unconditional.to(x_t.device).expand(batch), conditional.to(x_t.device).expand(batch)])
-        halves = self.velocity(transformer, torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)
-        return guide(*halves.chunk(2), scale)
+        return torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both
 
     @property
     def guidance_modes(self) -> tuple[str, ...]:
@@ -300,6 +309,10 @@ class Contract:
         return "\n".join(
             f"{key.replace('_', ' ')}: {'none' if value in (None, '') else value}" for key, value in lines
         )
+
+    def places(self, conditioning: Conditioning) -> Tensor:
+        """Where each row of a batch is among those that `velocity` hands to the transformer, call after call: [B]."""
+        return torch.tensor([row for rows in self._groups(conditioning) for row in rows]).argsort()
 
     def _groups(self, conditioning: Conditioning) -> list[list[int]]:
         """Row numbers that can share a call of the transformer."""

@@ -1,0 +1,132 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""SiD-DiT's data-aided stage (SiD2a, Sec. 3): the two turns of `methods.sid` with a Diffusion-GAN term in each.
+
+The discriminator is the fake score: its features (`features`) are the logits. Real latents are noised and judged with
+the captions that they came with; the generator's with theirs, by the conditional half of the prediction that the other
+loss makes anyway.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_flowdistill import flow
+from hf_flowdistill.features import guided_velocity_and_features, velocity_and_features
+from hf_flowdistill.losses.adversarial import adversarial_generator_loss, discriminator_loss
+from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss, x0_statistics
+from hf_flowdistill.methods import sid
+from hf_flowdistill.networks import Networks
+from hf_flowdistill.weighting import get_weighting
+
+
+@dataclass(frozen=True)
+class AdversarialConfig(sid.SiDConfig):
+    """`SiDConfig` and the stage's own settings.
+
+    Attributes:
+        discriminator_features: full name of the module whose input the features are; see `features.find_projection`.
+        adversarial_weight: of the adversarial term in the generator's loss; that of SiD is 1 less it.
+        discriminator_warmup_images: the generator rests before, while the features learn to tell real from fake.
+        adversarial_start_images: the generator's loss is SiD's alone before.
+    """
+
+    discriminator_features: str = "proj_out"
+    adversarial_weight: float = 0.5
+    discriminator_warmup_images: int = 20_000
+    adversarial_start_images: int = 40_000
+
+
+@dataclass
+class AdversarialBatch(sid.SiDBatch):
+    """`SiDBatch` and what the stage needs besides.
+
+    Attributes:
+        real: latents of images, [B, *latent_shape], in the order of `conditional`, which are their captions; for the
+            fake score's turn.
+        measured: the generator's turn takes the gradients of its two terms apart, to tell their shares.
+    """
+
+    real: Tensor | None = None
+    measured: bool = False
+
+
+def turns(config: AdversarialConfig, images_seen: int) -> dict[str, Callable]:
+    """Name of the network -> its turn, for those that have one after `images_seen` images."""
+    if images_seen < config.discriminator_warmup_images:
+        return {"fake_score": fake_score_turn}
+    alone = images_seen < config.adversarial_start_images
+    return {"fake_score": fake_score_turn, "generator": sid.generator_turn if alone else generator_turn}
+
+
+def fake_score_turn(networks: Networks, contract, batch: AdversarialBatch, config: AdversarialConfig):
+    """The loss of `sid.fake_score_turn` plus the discriminator's: (scalar, metrics of detached scalars).
+
+    Gradient reaches `networks.fake_score` alone. It takes one more pass of it, with `batch.real`, than without.
+    """
+    with torch.no_grad():
+        x0 = sid.generate(networks, contract, batch, config) if batch.x0 is None else batch.x0
+        x_t = flow.add_noise(x0, batch.noise, batch.sigma)
+        x_t_real = flow.add_noise(batch.real, batch.noise, batch.sigma)
+    network, module = networks.fake_score, config.discriminator_features
+    guidance = (
+        batch.conditional,
+        batch.unconditional,
+        config.fake_train_guidance_scale,
+        config.fake_guidance_mode,
+    )
+    velocity_fake, fake = guided_velocity_and_features(network, contract, module, x_t, batch.sigma, *guidance)
+    # as the conditional half of the call above is made, an embedded guidance scale included
+    x_t_real, sigma, captions = (part[-len(x0) :] for part in contract.guided_inputs(x_t_real, batch.sigma, *guidance))
+    _, real = velocity_and_features(network, contract, module, x_t_real, sigma, captions)
+    regression, metrics = fake_score_loss(velocity_fake, x0, batch.noise)
+    discrimination, judged = discriminator_loss(real, fake, elements=math.prod(contract.latent_shape))
+    made = {f"x0_{name}": value for name, value in x0_statistics(x0).items()}
+    return regression + discrimination, {**metrics, **judged, **made}
+
+
+def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config: AdversarialConfig):
+    """(1 - adversarial_weight) SiD + adversarial_weight BCE(fake, 1): (scalar, metrics of detached scalars).
+
+    Gradient flows as in `sid.generator_turn`, and through the features to x_t. No pass is made that is not made there.
+    If the batch is to be measured, "adversarial_share" is among the metrics: |a| / (|a| + |s|) of the gradients a and
+    s of the two terms with respect to x0. That takes two more backward passes through the fake score and one through
+    the teacher.
+    """
+    x0 = sid.generate(networks, contract, batch, config)
+    batch.x0 = x0.detach()
+    x_t = flow.add_noise(x0, batch.noise, batch.sigma)
+    words = batch.conditional, batch.unconditional
+    of_teacher = contract.guided_velocity(
+        networks.teacher, x_t, batch.sigma, *words, config.teacher_guidance_scale, config.guidance_mode
+    )
+    of_fake, logits = guided_velocity_and_features(
+        networks.fake_score,
+        contract,
+        config.discriminator_features,
+        x_t,
+        batch.sigma,
+        *words,
+        config.fake_guidance_scale,
+        config.fake_guidance_mode,
+    )
+    x0_teacher, x0_fake = (flow.x0_from_velocity(x_t, velocity, batch.sigma) for velocity in (of_teacher, of_fake))
+    distillation, metrics = sid_generator_loss(
+        x0,
+        x0_teacher,
+        x0_fake,
+        batch.sigma,
+        alpha=config.alpha,
+        weighting=config.weighting,
+        scale=config.loss_scale,
+    )
+    weight = get_weighting(config.weighting)(batch.sigma, x0.detach(), x0_teacher.detach())
+    adversarial = adversarial_generator_loss(logits, weight, elements=math.prod(contract.latent_shape))
+    terms = (1 - config.adversarial_weight) * distillation, config.adversarial_weight * adversarial
+    if batch.measured:
+        norms = [torch.autograd.grad(term, x0, retain_graph=True)[0].float().norm() for term in terms]
+        metrics["adversarial_share"] = norms[1] / (norms[0] + norms[1])
+    return sum(terms), {**metrics, "adversarial_loss": adversarial.detach()}
