@@ -96,8 +96,8 @@ def find_projection(pipeline, contract: Contract, name: str | None = None) -> st
     linear = [key for key, module in modules.items() if isinstance(module, torch.nn.Linear)]
     if name is not None and name not in modules:
         raise UserError(
-            f"--discriminator_features {name} is no module of {where}: its linear layers are {', '.join(linear[-3:])}, "
-            "and others."
+            f"--discriminator_features {name} is no module of {where}: its last linear layers are "
+            f"{', '.join(linear[-3:])}."
         )
     conditioning = encode_batch(pipeline, contract, PROMPTS)
     with undisturbed(pipeline):
@@ -143,7 +143,7 @@ def _called(transformer, contract: Contract, names: list[str], inputs) -> list[s
 
 @contextlib.contextmanager
 def _watched(network, names: list[str], read: Callable):
-    """Inside, `read(output, {name: [(input, output) of each of its calls]})` runs after each call of the transformer."""
+    """Inside, every call of the transformer ends with `read(output, calls)`: name -> (input, output) of its calls."""
     transformer = network.shared.transformer if isinstance(network, Role) else network
     calls: dict[str, list] = {name: [] for name in names}
 

@@ -92,9 +92,9 @@ def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config
     """(1 - adversarial_weight) SiD + adversarial_weight BCE(fake, 1): (scalar, metrics of detached scalars).
 
     Gradient flows as in `sid.generator_turn`, and through the features to x_t. No pass is made that is not made there.
-    If the batch is to be measured, "adversarial_share" is among the metrics: |a| / (|a| + |s|) of the gradients a and
-    s of the two terms with respect to x0. That takes two more backward passes through the fake score and one through
-    the teacher.
+    If the batch is to be measured, "adversarial_share" is among the metrics: |a| / (|a| + |s|), the mean over samples,
+    of the gradients a and s of the two terms with respect to x0. That takes two more backward passes through the fake
+    score and one through the teacher.
     """
     x0 = sid.generate(networks, contract, batch, config)
     batch.x0 = x0.detach()
@@ -127,6 +127,7 @@ def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config
     adversarial = adversarial_generator_loss(logits, weight, elements=math.prod(contract.latent_shape))
     terms = (1 - config.adversarial_weight) * distillation, config.adversarial_weight * adversarial
     if batch.measured:
-        norms = [torch.autograd.grad(term, x0, retain_graph=True)[0].float().norm() for term in terms]
-        metrics["adversarial_share"] = norms[1] / (norms[0] + norms[1])
+        gradients = [torch.autograd.grad(term, x0, retain_graph=True)[0].flatten(1) for term in terms]
+        norms = [gradient.float().norm(dim=1) for gradient in gradients]
+        metrics["adversarial_share"] = (norms[1] / (norms[0] + norms[1])).mean()
     return sum(terms), {**metrics, "adversarial_loss": adversarial.detach()}
