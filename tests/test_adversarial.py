@@ -17,9 +17,9 @@ from hf_flowdistill.methods import sid
 from hf_flowdistill.methods.sid_adversarial import (
     AdversarialBatch,
     AdversarialConfig,
+    adversarial_turns,
     fake_score_turn,
     generator_turn,
-    turns,
 )
 from hf_flowdistill.networks import Networks, RoleSettings
 from hf_flowdistill.teachers import encode_prompts, learn_contract
@@ -222,7 +222,11 @@ def test_guided_features_are_the_conditional_halfs():
 
 
 class Scaled(ToyTransformer):
-    """Twice what the projection gives: no reshaping."""
+    """Twice what the projection gives: no reshaping. One layer never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = torch.nn.Linear(8, 3)
 
     def forward(self, picture, clock, words):
         return (2 * super().forward(picture, clock, words)[0],)
@@ -235,10 +239,10 @@ def test_what_cannot_be_found_is_refused_or_named():
     with pytest.raises(UserError, match="becomes its output by reshaping alone; name .* --discriminator_features"):
         find_projection(pipeline, contract)
     assert find_projection(pipeline, contract, "write") == "write"
-    with pytest.raises(UserError, match="final is no module of Scaled: its last linear layers are read, write, text"):
+    with pytest.raises(UserError, match="final is no module of Scaled: its last linear layers are write, text, spare"):
         find_projection(pipeline, contract, "final")
-    with pytest.raises(UserError, match="text does not hold them"):
-        find_projection(pipeline, contract, "text")
+    with pytest.raises(UserError, match="spare does not hold them"):
+        find_projection(pipeline, contract, "spare")
     assert all(parameter.requires_grad for parameter in pipeline.transformer.parameters())
     assert not pipeline.transformer.write._forward_hooks and not pipeline.transformer._forward_hooks
 
@@ -335,7 +339,7 @@ def test_gradient_checkpointing_changes_nothing(kind, turn, loss_of):
 
 def test_the_gate_is_in_images():
     config = AdversarialConfig()
-    assert turns(config, 19_999) == {"fake_score": fake_score_turn}
+    assert adversarial_turns(config, 19_999) == {"fake_score": fake_score_turn}
     for seen in (20_000, 39_999):
-        assert turns(config, seen) == {"fake_score": fake_score_turn, "generator": sid.generator_turn}
-    assert turns(config, 40_000) == {"fake_score": fake_score_turn, "generator": generator_turn}
+        assert adversarial_turns(config, seen) == {"fake_score": fake_score_turn, "generator": sid.generator_turn}
+    assert adversarial_turns(config, 40_000) == {"fake_score": fake_score_turn, "generator": generator_turn}

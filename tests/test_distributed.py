@@ -15,6 +15,8 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from score_distillation import train_sid_dit
+from stand_in_pairs import open_pairs
 from teacher_cases import learned
 from training_helpers import (
     SCRIPT,
@@ -26,6 +28,7 @@ from training_helpers import (
     quiet,
     run_command,
     run_here,
+    saved_student,
     saved_teacher,
     script_arguments,
 )
@@ -44,8 +47,10 @@ SEVERAL_RUNS = """
 import json, sys
 from accelerate.state import PartialState
 from score_distillation import train_sid_dit
+from stand_in_pairs import open_pairs
 from training_helpers import reset_accelerate
 
+train_sid_dit.open_pairs = open_pairs
 PartialState.destroy_process_group = lambda *_: None  # the next run's too: imports take longer than all runs
 for arguments in json.loads(sys.argv[1]):
     reset_accelerate()
@@ -60,6 +65,12 @@ KINDS = {
     "lora": {"networks": "lora", **LORA, "learning_rate": 3e-3},
     "one rollout": {},  # with --share_rollout
     "text of any length": {},  # with its own teacher and prompts, see below
+    "adversarial": {  # with --adversarial; the generator rests for one step
+        "prompt_file": None,
+        "dataset_name": "none",
+        "discriminator_warmup_images": 4,
+        "adversarial_start_images": 4,
+    },
 }
 EQUAL = {  # how six steps of four images on one process are divided: processes, and arguments
     "two processes": (2, ["--train_batch_size=1"]),
@@ -80,6 +91,14 @@ EQUAL = {  # how six steps of four images on one process are divided: processes,
 CASES = [(kind, name) for kind in ("full", "lora_fake", "lora") for name in list(EQUAL)[:-1]]
 CASES += [("one rollout", "two processes"), ("one rollout", "one image at a time")]
 CASES += [("text of any length", "two images at a time")]
+CASES += [("adversarial", "one image at a time"), ("adversarial", "two images at a time")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stand_in():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sid_dit, "open_pairs", open_pairs)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +123,8 @@ def line_of(tmp_path_factory):
         arguments = [resume if argument == "FROM SHARDS" else argument for argument in arguments]
         if kind == "one rollout":
             arguments.append("--share_rollout")
+        if kind == "adversarial":
+            arguments += ["--adversarial", f"--student_model_name_or_path={saved_student()}"]
         if kind == "lora" and "--cpu_offload" in arguments:  # there is nothing to offload
             arguments.remove("--cpu_offload")
         return folder / kind / name, script_arguments(folder / kind / name, *arguments, **settings)

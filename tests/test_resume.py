@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from score_distillation import train_sid_dit
-from training_helpers import SCRIPT, metrics, networks_in, optimizers_in, run_command, run_here, script_arguments
+from stand_in_pairs import open_pairs
+from training_helpers import (
+    SCRIPT,
+    metrics,
+    networks_in,
+    optimizers_in,
+    run_command,
+    run_here,
+    saved_student,
+    script_arguments,
+)
 
 from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.training.checkpointing import latest_checkpoint
@@ -49,11 +59,19 @@ def same_metrics(first, second):
     assert lines(first) == lines(second)
 
 
-def test_a_shared_rollout_resumes_to_the_same_bits(tmp_path):
-    whole, parts = ((tmp_path / name, "--share_rollout") for name in ("whole", "parts"))
-    run_here(*script_arguments(*whole, max_train_images=12))
-    run_here(*script_arguments(*parts, max_train_images=4))
-    run_here(*script_arguments(*parts, max_train_images=12, resume_from_checkpoint="latest"))
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_shared_rollout_resumes_to_the_same_bits(adversarial, tmp_path, monkeypatch):
+    """The adversarial stage too, in the middle of a part of its images."""
+    monkeypatch.setattr(train_sid_dit, "open_pairs", open_pairs)
+    more, gate = ["--share_rollout"], {}
+    if adversarial:
+        more += ["--adversarial", f"--student_model_name_or_path={saved_student()}"]
+        gate = {"prompt_file": None, "dataset_name": "none"}
+        gate |= {"discriminator_warmup_images": 4, "adversarial_start_images": 4}
+    whole, parts = ((tmp_path / name, *more) for name in ("whole", "parts"))
+    run_here(*script_arguments(*whole, max_train_images=12, **gate))
+    run_here(*script_arguments(*parts, max_train_images=4, **gate))
+    run_here(*script_arguments(*parts, max_train_images=12, resume_from_checkpoint="latest", **gate))
     same_bits(whole[0] / "checkpoint-12", parts[0] / "checkpoint-12")
     same_metrics(whole[0], parts[0])
 

@@ -43,6 +43,18 @@ def saved_teacher(name: str) -> Path:
 
 
 @functools.cache
+def saved_student(name: str = "stable_diffusion_3") -> Path:
+    """A pipeline as `saved_teacher`'s, of which all transformer weights are a little different."""
+    path, pipeline = folder() / f"student_of_{name}", getattr(tiny_pipelines, name)()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), quiet():
+        for parameter in pipeline.transformer.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        pipeline.save_pretrained(path)
+    return path
+
+
+@functools.cache
 def prompt_file() -> Path:
     path = folder() / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n")

@@ -29,9 +29,11 @@ from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.features import find_projection
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
+from hf_flowdistill.methods.sid_adversarial import AdversarialBatch, AdversarialConfig, adversarial_turns
 from hf_flowdistill.networks import (
     Networks,
     check_gradient_checkpointing,
@@ -44,6 +46,7 @@ from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
+from hf_flowdistill.training.adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
 from hf_flowdistill.training.arguments import (
     ArgumentParser,
     check_output_dir,
@@ -66,6 +69,7 @@ from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
+from hf_flowdistill.training.student import check_student, load_student
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
@@ -74,10 +78,14 @@ logger = get_logger(__name__)
 MAX_SKIPPED_IN_A_ROW = 5
 GUIDANCE_MODES = ("cfg", "embedded", "both")
 PROGRESS = (
-    "gap {x0_gap:.4f}, latent {x0_mean:+.3f}/{x0_std:.3f} "
-    "(teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f}), lag {fake_score_lag:.2f}, "
-    "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}"
+    "gap {x0_gap:.4f}",
+    "latent {x0_mean:+.3f}/{x0_std:.3f} (teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f})",
+    "lag {fake_score_lag:.2f}",
+    "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}",
+    "told real {real_accuracy:.0%} fake {fake_accuracy:.0%}",
+    "adversarial {adversarial_share:.0%}",
 )
+MEASURED_UPDATES = 25  # in one of so many the two terms of an adversarial generator loss are told apart
 ALLOWED = (  # which arguments, what they must be, and how to tell
     (
         """height width num_steps max_train_images train_batch_size gradient_accumulation_steps checkpoints_total_limit
@@ -85,7 +93,12 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
         "at least 1",
         lambda value: value >= 1,
     ),
-    ("lr_warmup_images ema_half_life_images checkpointing_images dry_run", "at least 0", lambda value: value >= 0),
+    (
+        """lr_warmup_images ema_half_life_images checkpointing_images dry_run discriminator_warmup_images
+        adversarial_start_images""",
+        "at least 0",
+        lambda value: value >= 0,
+    ),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
         "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
@@ -178,6 +191,7 @@ def parse_args(input_args=None):
     add("--sigma_std", type=float, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
     add_network_arguments(parser)
+    add_adversarial_arguments(parser)
 
     add = parser.add_argument_group(
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
@@ -257,6 +271,7 @@ def check_args(args):
         raise UserError("--pretrained_model_name_or_path is missing.")
     check_combinations(args)
     check_network_arguments(args)
+    check_adversarial_arguments(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -303,9 +318,12 @@ def check_combinations(args):
 def run_settings(args, prompts, accelerator):
     """What a checkpoint records of its run, to refuse going on with another."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    if Path(args.pretrained_model_name_or_path).exists():
-        settings["pretrained_model_name_or_path"] = str(Path(args.pretrained_model_name_or_path).resolve())
+    for name in ("pretrained_model_name_or_path", "student_model_name_or_path"):
+        if settings[name] and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
     settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    if args.adversarial:  # the prompts come with the images, later
+        settings["prompts"] = [args.dataset_name, args.dataset_config_name, args.caption_column]
     processes = accelerator.num_processes
     settings["images_per_update"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     settings["mixed_precision"] = accelerator.mixed_precision
@@ -397,6 +415,7 @@ def main(input_args=None):
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
     roles.layers(run.pipeline.transformer)  # which refuses unknown names, while that is early
+    check_stage(run)
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -408,9 +427,10 @@ def main(input_args=None):
     teacher = run.sharding.release(run.pipeline, dtype)
 
     # ---------------------------------------------------------------- all text before training; its encoders rest then
-    run.prompts = PromptStream(prompts, args.seed)
-    encode_buckets(run, contracts)
-    move_all_but_transformer(run.pipeline, "cpu" if accelerator.is_main_process else "meta")
+    run.contracts = contracts
+    resumed = checkpointing.read_state(checkpoint) if checkpoint else {}
+    run.pairs = open_pairs(run, resumed.get("images")) if args.adversarial else None
+    take_texts(run, prompts, resumed.get("images_seen", 0))
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
     if args.gradient_checkpointing:
@@ -418,10 +438,12 @@ def main(input_args=None):
     run.networks = Networks.from_teacher(teacher, dtype, roles, copy=run.sharding.copy, seed=args.seed)
     if args.gradient_checkpointing:
         run.networks.enable_gradient_checkpointing()
+    start_generator(run, checkpoint)
     run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
     run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
-    run.config = SiDConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SiDConfig)})
+    kind = AdversarialConfig if args.adversarial else SiDConfig
+    run.config = kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
     if checkpoint is None:
         run.state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": settings, "averages": {}}
         run.state["teacher"] = [measure_teacher(use_bucket(run, i)) for i in range(len(run.buckets))]
@@ -432,8 +454,8 @@ def main(input_args=None):
 
     # -------------------------------------------------------------------------------------------------- train and save
     logger.info(
-        f"{len(prompts)} prompts ({len(run.prompts.distinct)} distinct), {settings['images_per_update']} images per "
-        f"update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
+        f"{run.prompts.count} prompts ({len(run.prompts.distinct)} distinct), {settings['images_per_update']} images "
+        f"per update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
         f"{args.train_batch_size}"
     )
     with stop_signals() as run.stop_signals:
@@ -442,6 +464,23 @@ def main(input_args=None):
     if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def check_stage(run):
+    """Refuse a student that is not this teacher's, and a teacher without discriminator features."""
+    args = run.args
+    if args.student_model_name_or_path:
+        check_student(args.student_model_name_or_path, run.pipeline.transformer, cache_dir=args.cache_dir)
+    if args.adversarial:
+        args.discriminator_features = find_projection(run.pipeline, run.contract, args.discriminator_features)
+        logger.info(f"the discriminator's features are the input of {args.discriminator_features}")
+
+
+def start_generator(run, checkpoint):
+    """Give the generator the weights of the student that it goes on with, unless a checkpoint is to have others."""
+    path, transformer = run.args.student_model_name_or_path, run.pipeline.transformer
+    if path and checkpoint is None:
+        load_student(path, run.networks.generator, transformer, run.sharding, cache_dir=run.args.cache_dir)
 
 
 def predict_once(run, network):
@@ -465,9 +504,53 @@ def build_adam(args, name, network):
 
 
 def read_training_prompts(args):
+    if args.adversarial and args.dry_run is None:
+        return []  # they come with the images
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
     return read_prompts(args.prompt_file, args.caption_column)
+
+
+def open_pairs(run, state):
+    """The text-image pairs; `state` is that of a checkpoint, or None."""
+    from hf_flowdistill.data.image_dataset import open_dataset
+    from hf_flowdistill.data.images import ImagePairs
+    from hf_flowdistill.teachers.encode import learn_image_encoder
+    from hf_flowdistill.training.image_arguments import dataset_settings, image_cache_dir, pair_settings
+
+    return ImagePairs(
+        image_cache_dir(run.args),
+        open_dataset(run.args.dataset_name, **dataset_settings(run.args)),
+        learn_image_encoder(run.pipeline, run.contract),
+        **pair_settings(run.args),
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        wait=run.accelerator.wait_for_everyone,
+        state=state,
+    )
+
+
+def take_texts(run, prompts, images_seen):
+    """Encode `prompts`, or the pairs that follow `images_seen` images and their captions; all processes together."""
+    if run.pairs is not None:
+        run.pairs.move_to(images_seen)
+        prompts = run.pairs.captions
+    run.prompts = PromptStream(prompts, run.args.seed)
+    encode_buckets(run, run.contracts)
+    kept = run.pairs is not None or run.accelerator.is_main_process  # to decode samples, or for the next pairs
+    move_all_but_transformer(run.pipeline, "cpu" if kept else "meta")
+
+
+def turns_of(run):
+    """Name of the network -> the turn that it has in this update."""
+    if run.pairs is None:
+        return {"fake_score": fake_score_turn, "generator": generator_turn}
+    seen = run.state["images_seen"]
+    if run.pairs.is_over(seen):
+        move_all_but_transformer(run.pipeline, run.accelerator.device)
+        take_texts(run, None, seen)
+    run.state["images"] = run.pairs.state
+    return adversarial_turns(run.config, seen)
 
 
 def encode_buckets(run, contracts):
@@ -491,9 +574,10 @@ def encode_all(run):
     args, accelerator = run.args, run.accelerator
     # a cache is of one size; those whose conditioning is another than the first's have theirs inside it
     part = f"{run.contract.height}x{run.contract.width}" if run.buckets else ""
+    home = Path(args.output_dir) if run.pairs is None else run.pairs.folder
     cached = functools.partial(
         cached_conditioning,
-        Path(args.conditioning_cache_dir or Path(args.output_dir, "conditioning"), part),
+        Path(args.conditioning_cache_dir or home / "conditioning", part),
         encoder_key(run.pipeline, run.contract),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -522,9 +606,10 @@ def train(run):
             args.tracker_project_name, monitors.tracker_config(args), init_kwargs={"wandb": {"dir": args.output_dir}}
         )
     progress = tqdm(total=args.max_train_images, initial=state["images_seen"], unit="img", disable=not is_main_process)
-    skipped_in_a_row = 0
+    skipped_in_a_row, shown = 0, {}
     while state["images_seen"] < args.max_train_images:
         start = time.perf_counter()
+        loss_of = turns_of(run)
         done = state["images_seen"] / args.max_train_images
         k = draw_k(args.seed, state["step"], args.num_steps, shares=args.step_shares, progress=done)
         use_bucket(run, draw_bucket(args.seed, state["step"], len(run.buckets)))
@@ -535,16 +620,15 @@ def train(run):
             warmup=args.lr_warmup_images,
             end=args.max_train_images,
         )
-        fake_rate, rate = factor * args.fake_score_learning_rate, factor * args.learning_rate
+        rates = {"fake_score": factor * args.fake_score_learning_rate, "generator": factor * args.learning_rate}
         run.rollouts = []
-        turns = [("fake_score", fake_score_turn, k, fake_rate), ("generator", generator_turn, k, rate)]
-        results = {turn[0]: run_turn(run, *turn) for turn in (turns[::-1] if args.share_rollout else turns)}
-        (fake_taken, fake_metrics), (taken, metrics) = results["fake_score"], results["generator"]
+        turns = list(loss_of)[::-1] if args.share_rollout else list(loss_of)
+        results = {turn: run_turn(run, turn, loss_of[turn], k, rates[turn]) for turn in turns}
         state["step"] += 1
         state["images_seen"] += images_per_update
         run.ema.update(run.networks.generator, batch_size=images_per_update, images_seen=state["images_seen"])
 
-        skipped = (not fake_taken) + (not taken)
+        skipped = sum(not taken for taken, _ in results.values())
         state["skipped_updates"] += skipped
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -555,7 +639,8 @@ def train(run):
         if is_main_process:
             record = {
                 **{name: state[name] for name in ("images_seen", "step", "skipped_updates")},
-                **{"k": k, "learning_rate": rate, **fake_metrics, **metrics},
+                **{"k": k, "learning_rate": rates["generator"]},
+                **{name: value for turn in loss_of for name, value in results[turn][1].items()},
                 **({"height": run.contract.height, "width": run.contract.width} if args.aspect_ratio_buckets else {}),
                 **state["teacher"][run.bucket],
                 "images_per_second": images_per_update / (time.perf_counter() - start),
@@ -566,7 +651,8 @@ def train(run):
                 logger.warning(sentence)
             metrics_file.write(record)
             run.accelerator.log(record, step=state["images_seen"])
-            progress.set_postfix_str(PROGRESS.format(**record), refresh=False)
+            shown |= record
+            progress.set_postfix_str(monitors.progress(shown, PROGRESS), refresh=False)
         progress.update(images_per_update)
         stop = not all_ranks_agree(not run.stop_signals, run.accelerator.device)
         if stop or is_due(run, args.checkpointing_images):
@@ -617,15 +703,29 @@ def draw_batch(run, turn, micro_batch, k):
         sample_noise, seed=args.seed, step=run.state["step"], indices=indices, device=accelerator.device
     )
     prompts = "generator" if args.share_rollout else turn
-    rows = run.prompts.rows(prompts, [run.state["images_seen"] + i for i in indices])
-    return SiDBatch(
+    seen = run.state["images_seen"]
+    positions = [seen + i for i in indices]
+    if args.adversarial and (turn == "fake_score" or args.share_rollout):
+        pairs = run.pairs.rows(positions)
+        rows = run.prompts.row_of[pairs]
+    else:
+        rows = run.prompts.rows(prompts, positions)
+    batch = SiDBatch(
         conditional=run.conditional[rows].to(accelerator.device),
         unconditional=run.unconditional,
         k=k,
         noises=lambda i: draw(latent_shape, purpose=f"{turn} step {i}"),
         sigma=sigma_from_normal(draw((), purpose=f"{turn} sigma"), args.sigma_mean, args.sigma_std),
         noise=draw(latent_shape, purpose=f"{turn} noise"),
-        x0=run.rollouts[micro_batch] if args.share_rollout and turn == "fake_score" else None,
+        x0=run.rollouts[micro_batch] if run.rollouts and turn == "fake_score" else None,
+    )
+    if not args.adversarial:
+        return batch
+    since_start = (seen - args.adversarial_start_images) // run.state["settings"]["images_per_update"]
+    return AdversarialBatch(
+        **vars(batch),
+        real=run.pairs.latents(pairs).to(accelerator.device) if turn == "fake_score" else None,
+        measured=since_start % MEASURED_UPDATES == 0,
     )
 
 

@@ -123,6 +123,7 @@ class PromptStream:
     Attributes:
         distinct: every prompt once, in order of first appearance.
         count: how many prompts there are in one pass, repetitions included.
+        row_of: the row in `distinct` of each prompt, [count].
     """
 
     def __init__(self, prompts: list[str], seed: int):
@@ -130,7 +131,7 @@ class PromptStream:
         self.count = len(prompts)
         self.seed = seed
         row_of = {prompt: row for row, prompt in enumerate(self.distinct)}
-        self._rows = torch.tensor([row_of[prompt] for prompt in prompts])
+        self.row_of = torch.tensor([row_of[prompt] for prompt in prompts])
         self._pass = functools.lru_cache(maxsize=4)(self._draw_pass)
 
     def rows(self, purpose: str, positions) -> torch.Tensor:
@@ -140,4 +141,4 @@ class PromptStream:
 
     def _draw_pass(self, purpose: str, number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(stream_seed(self.seed, purpose, number))
-        return self._rows[torch.randperm(self.count, generator=generator)]
+        return self.row_of[torch.randperm(self.count, generator=generator)]

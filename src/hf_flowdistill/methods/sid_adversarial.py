@@ -54,7 +54,7 @@ class AdversarialBatch(sid.SiDBatch):
     measured: bool = False
 
 
-def turns(config: AdversarialConfig, images_seen: int) -> dict[str, Callable]:
+def adversarial_turns(config: AdversarialConfig, images_seen: int) -> dict[str, Callable]:
     """Name of the network -> its turn, for those that have one after `images_seen` images."""
     if images_seen < config.discriminator_warmup_images:
         return {"fake_score": fake_score_turn}

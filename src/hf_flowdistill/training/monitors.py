@@ -5,6 +5,7 @@
 import json
 import math
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import torch
@@ -113,6 +114,16 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
             sentences.append(f"{record['images_seen']} images: {found}: {ADVICE}")
         average["normal"] = normal
     return sentences
+
+
+def progress(record: dict, pieces: tuple[str, ...]) -> str:
+    """Those of `pieces`, formats, of which every name is in `record`, filled in and joined."""
+    filled = []
+    for piece in pieces:
+        names = [name for _, name, _, _ in Formatter().parse(piece) if name]
+        if record.keys() >= set(names):
+            filled.append(piece.format(**record))
+    return ", ".join(filled)
 
 
 class MetricsFile:

@@ -106,11 +106,17 @@ class Sharding:
     def shard(self, network: torch.nn.Module) -> torch.nn.Module:
         """A sharded network with the main process's weights; on the others, `network` may be on the meta device."""
         sharded = self._assemble(_hollow(network, torch.device("meta")), OffloadPolicy())
-        weights = network.state_dict() if self.is_main else {}
-        set_model_state_dict(
-            sharded, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        )
+        self.fill(sharded, network.state_dict() if self.is_main else {})
         return sharded
+
+    def fill(self, network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """Put whole `weights` into `network`; of a sharded one only the main process needs to have them."""
+        if network not in self.shells:
+            network.load_state_dict(weights)
+            return
+        set_model_state_dict(
+            network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
 
     def release(self, pipeline, dtype: torch.dtype) -> torch.nn.Module:
         """The pipeline's transformer, to be used with weights of `dtype`.

@@ -1,0 +1,106 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""A generator that starts as a student of an earlier training, and not as the teacher."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
+
+from hf_flowdistill.adapters import LORA_FILE, Role
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.networks import read_index
+from hf_flowdistill.training.distributed import together
+
+
+def check_student(path, transformer: torch.nn.Module, *, cache_dir=None) -> None:
+    """Refuse a student that is none of the teacher with `transformer`, from its configuration alone.
+
+    Raises:
+        UserError: it is no pipeline, or its transformer is another one than the teacher's.
+    """
+    _, of_student = read_index(path, cache_dir=cache_dir)["transformer"]
+    of_teacher = type(transformer).__name__
+    if of_student != of_teacher:
+        raise UserError(
+            f"the student {path} has a {of_student}, but the teacher a {of_teacher}: choose a student of this teacher."
+        )
+    config = _load(type(transformer).load_config, path, subfolder="transformer", cache_dir=cache_dir)
+    for name, value in transformer.config.items():
+        told = config.get(name, value)
+        if not name.startswith("_") and _plain(told) != _plain(value):
+            raise UserError(
+                f"the student {path} has a transformer with {name} {told}, but the teacher one with {value}: choose a "
+                "student of this teacher."
+            )
+
+
+def load_student(path, generator: torch.nn.Module, transformer: torch.nn.Module, sharding, *, cache_dir=None) -> None:
+    """Give `generator` the weights of the student at `path`; a role gets those of the student's LoRA file.
+
+    Every process calls this. Of a sharded generator's weights only the main process reads the file.
+
+    Args:
+        generator: of `Networks.from_teacher`, in the layout of `sharding`.
+        transformer: the teacher's, or an empty one of its class.
+
+    Raises:
+        UserError: on all processes, if the weights cannot be read or are of another network.
+    """
+    weights = {}
+
+    def read():
+        if isinstance(generator, Role):
+            weights.update(_lora(path, generator, cache_dir))
+        elif sharding.is_main:
+            load = type(transformer).from_pretrained
+            how = {"subfolder": "transformer", "dtype": torch.float32, "use_safetensors": True}
+            weights.update(_load(load, path, cache_dir=cache_dir, **how).state_dict())
+        else:
+            return
+        expected = {name: tensor.shape for name, tensor in generator.state_dict().items()}
+        if {name: tensor.shape for name, tensor in weights.items()} != expected:
+            what = (
+                "LoRA is of other layers or of another rank" if isinstance(generator, Role) else "weights do not fit"
+            )
+            raise UserError(
+                f"the student {path} cannot be gone on with, its {what}: choose a student of this teacher."
+            )
+
+    try:
+        together(read)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    sharding.fill(generator, weights)
+
+
+def _lora(path, role: Role, cache_dir) -> dict[str, torch.Tensor]:
+    """What `adapters.save_lora` wrote, with the factor alpha / rank taken out of it again."""
+    if Path(path).is_dir():
+        file = Path(path, LORA_FILE)
+        if not file.is_file():
+            raise UserError(
+                f"the student {path} has no {LORA_FILE} for the generator of --networks lora to start from: choose "
+                "--networks lora_fake or full."
+            )
+    else:
+        file = _load(hf_hub_download, path, filename=LORA_FILE, cache_dir=cache_dir)
+    scale = role.shared.alpha / role.shared.rank
+    return {
+        name.removeprefix("transformer."): tensor / (scale if ".lora_B." in name else 1)
+        for name, tensor in load_file(file).items()
+    }
+
+
+def _load(load, path, **arguments):
+    try:
+        return load(path, **arguments)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(f"the student {path} cannot be read: {first_line(error)}") from error
+
+
+def _plain(value):
+    """Sequences alike: JSON makes lists of tuples."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,121 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The training script's adversarial stage: what it starts from, its gate, its metrics, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from score_distillation import train_sid_dit
+from stand_in_pairs import open_pairs
+from training_helpers import (
+    metrics,
+    networks_in,
+    prompt_file,
+    run_here,
+    saved_student,
+    saved_teacher,
+    script_arguments,
+)
+
+from hf_flowdistill.adapters import LORA_FILE
+from hf_flowdistill.errors import UserError
+
+
+GATE = {"discriminator_warmup_images": 4, "adversarial_start_images": 8}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(train_sid_dit, "open_pairs", open_pairs)
+
+
+def adversarial(output_dir, *more, **named):
+    settings = {"prompt_file": None, "dataset_name": "none", "student_model_name_or_path": saved_student(), **named}
+    return script_arguments(output_dir, "--adversarial", *more, **settings)
+
+
+def of_generator(checkpoint):
+    whole = networks_in(checkpoint)
+    return {name.removeprefix("generator."): value for name, value in whole.items() if name.startswith("generator.")}
+
+
+def test_the_stage_goes_through_its_gate(tmp_path):
+    """First the discriminator alone, then SiD, then both; over two parts of the images, and with a measured share."""
+    run_here(*adversarial(tmp_path / "run", **GATE, max_train_images=16))
+    student, (first, second, third, fourth) = load_file(saved_student() / WEIGHTS), metrics(tmp_path / "run")
+    start, moved = (of_generator(tmp_path / "run" / f"checkpoint-{images}") for images in (4, 8))
+    assert all(torch.equal(start[name], student[name]) for name in student)
+    assert any(not torch.equal(moved[name], student[name]) for name in student)
+    assert "generator_loss" not in first and "x0_std" in first and "latent_spread" in first
+    assert "generator_loss" in second and "adversarial_loss" not in second
+    assert 0 < third["adversarial_share"] < 1 and "adversarial_share" not in fourth
+    for line in (first, second, third, fourth):
+        assert {"discriminator_loss", "real_logit", "fake_logit"} < line.keys()
+        assert 0 <= line["real_accuracy"] <= 1 and 0 <= line["fake_accuracy"] <= 1
+    state = json.loads((tmp_path / "run" / "checkpoint-16" / "state.json").read_text())
+    assert state["images"] == {"first": 8}
+    assert (tmp_path / "run" / "student" / "model_index.json").is_file()
+
+
+def test_a_student_with_a_lora_is_gone_on_with(tmp_path):
+    """Its adapter is the generator's, whatever alpha; another rank is refused, and a student without a LoRA."""
+    lora = {"networks": "lora", "rank": 4, "lora_alpha": 6, "max_train_images": 4}
+    run_here(*script_arguments(tmp_path / "first", **lora, ema_half_life_images=0))
+    student = tmp_path / "first" / "student"
+    run_here(*adversarial(tmp_path / "run", **lora, student_model_name_or_path=student, **GATE))
+    start, trained = (of_generator(tmp_path / name / "checkpoint-4") for name in ("run", "first"))
+    assert start.keys() == trained.keys()
+    assert all(torch.allclose(start[name], trained[name], rtol=1e-6, atol=0) for name in trained)
+    lora["student_model_name_or_path"] = student
+    with pytest.raises(UserError, match="LoRA is of other layers or of another rank: choose"):
+        run_here(*adversarial(tmp_path / "other", **{**lora, "rank": 2}))
+    (student / LORA_FILE).unlink()
+    with pytest.raises(UserError, match=f"has no {LORA_FILE} for the generator of --networks lora"):
+        run_here(*adversarial(tmp_path / "another", **lora))
+
+
+def test_a_student_of_another_teacher_is_refused(tmp_path):
+    other = shutil.copytree(saved_student(), tmp_path / "other")
+    config = json.loads((other / "transformer" / "config.json").read_text())
+    for path, refused in (
+        (saved_teacher("sana"), "has a SanaTransformer2DModel, but the teacher a SD3Transformer2DModel"),
+        (other, "has a transformer with num_layers 7, but the teacher one with"),
+        (tmp_path / "nothing", "does not exist"),
+    ):
+        (other / "transformer" / "config.json").write_text(json.dumps({**config, "num_layers": 7}))
+        with pytest.raises(UserError, match=refused):
+            run_here(*adversarial(tmp_path / "run", student_model_name_or_path=path))
+    (other / "transformer" / "config.json").write_text(json.dumps(config))
+    weights = load_file(other / WEIGHTS)
+    save_file({**weights, "proj_out.weight": weights["proj_out.weight"][:2].clone()}, other / WEIGHTS)
+    with pytest.raises(UserError, match="the student .* cannot be"):
+        run_here(*adversarial(tmp_path / "run2", student_model_name_or_path=other))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--adversarial"], "goes on with a student that was distilled without images"),
+        (["--adversarial_weight=0.3"], "--adversarial_weight is of the adversarial stage: give --adversarial too"),
+        (["--discriminator_features=proj_out"], "--discriminator_features is of the adversarial stage"),
+        (["--adversarial", "STUDENT", "--adversarial_weight=2"], "--adversarial_weight is 2.0: it must be a number"),
+        (["--adversarial", "STUDENT", "--adversarial_start_images=5"], "it must be at least --discriminator_warmup"),
+        (["--adversarial", "STUDENT", "--discriminator_warmup_images=-1"], "must be at least 0"),
+        (["--adversarial", "STUDENT", "--aspect_ratio_buckets=32,32;32,64"], "has images of one size"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments, refused):
+    arguments = [argument.replace("STUDENT", "--student_model_name_or_path=x") for argument in arguments]
+    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}", "--report_to=none"]
+    with pytest.raises(UserError, match=refused):
+        train_sid_dit.parse_args([*common, *arguments])
+
+
+def test_a_module_that_is_none_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="--discriminator_features out is no module of SD3Transformer2DModel"):
+        run_here(*adversarial(tmp_path / "run", discriminator_features="out"))
+    assert not (tmp_path / "run").exists()
