@@ -6,6 +6,9 @@ from pathlib import Path
 
 from teacher_cases import TEACHERS, learned
 
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.features import find_projection
+
 
 PAGE = Path(__file__).parent.parent / "docs" / "teachers.md"
 BEGIN, END = "<!-- support table: begin -->\n", "<!-- support table: end -->\n"
@@ -19,8 +22,17 @@ COLUMNS = {
     "guidance": "Guidance",
     "guidance_argument": "Scaled by",
     "guidance_modes": "Modes, default first",
+    "features": "Discriminator features",
     "replay_error": "Replay error",
 }
+
+
+def features(name: str) -> str:
+    """The module whose input they are, or why there are none."""
+    try:
+        return find_projection(learned(name).pipeline, learned(name).contract)
+    except UserError as error:
+        return f"none: {error}"
 
 
 def support_table() -> str:
@@ -32,6 +44,7 @@ def support_table() -> str:
         told["conditioning"] = ", ".join(path + " (own length)" * (path in varying) for path in told["conditioning"])
         told["guidance"] = told["guidance"].replace(", combined here without the pipeline's rescaling", " (1)")
         told["guidance_modes"] = ", ".join(told["guidance_modes"])
+        told["features"] = features(name)
         told["replay_error"] = f"{told['replay_error']:.1e}"
         rows.append([told[key] or "none" for key in COLUMNS])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

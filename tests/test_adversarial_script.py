@@ -58,7 +58,8 @@ def test_the_stage_goes_through_its_gate(tmp_path):
         assert 0 <= line["real_accuracy"] <= 1 and 0 <= line["fake_accuracy"] <= 1
     state = json.loads((tmp_path / "run" / "checkpoint-16" / "state.json").read_text())
     assert state["images"] == {"first": 8}
-    assert (tmp_path / "run" / "student" / "model_index.json").is_file()
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "SiD-DiT with an adversarial term" in card and "`adversarial_weight` | `0.5`" in card
 
 
 def test_a_student_with_a_lora_is_gone_on_with(tmp_path):

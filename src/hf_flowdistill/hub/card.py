@@ -32,9 +32,18 @@ METHODS = {
         ),
     },
 }
+METHODS["sid_adversarial"] = METHODS["sid"] | {
+    "name": "SiD-DiT with an adversarial term (SiD2a)",
+    "summary": (
+        "A second network, the fake score, learns the distribution of what the student draws, while the student "
+        "learns to make teacher and fake score agree on it. The student was distilled so without images before; here "
+        "it went on with images and their captions, on which the fake score also learns to tell images from what the "
+        "student draws, and the student to be taken for one: it leans towards their style."
+    ),
+}
 # Arguments that say how and where a run was made, not what was trained.
 NOT_HYPERPARAMETERS = re.compile(
-    "config$|pretrained_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"
+    "config$|pretrained_model|student_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"
     "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|teacher_weights|"
     "images_seen|dataset_|caption_column|dry_run|images_per_second"
 )

@@ -42,7 +42,7 @@ def export_student(
     license=None,
     training_args=None,
     run=None,
-    method="sid",
+    method=None,
     repo_id=None,
     published_by=None,
     example_prompt=None,
@@ -69,6 +69,7 @@ def export_student(
         license: identifier of the student's licence; default: what the teacher's card says.
         training_args: mapping for training_args.json. Secrets and the directories of absolute paths are left out.
         run: what the training measured, for the card: any of images_seen, hardware, training_hours, device_hours.
+        method: a name in `card.METHODS`; default: what training_args say.
         repo_id: where the student will be published, for the card's snippets.
         published_by: id of the repository that the weights come from, if somebody else has trained them.
         example_prompt: what the card's snippets ask for.
@@ -126,7 +127,7 @@ def export_student(
             "base_model": teacher if is_hub_id(teacher) else None,
             "teacher_revision": teacher_revision,
             "teacher_card": teacher_card,
-            "method": method,
+            "method": method or ("sid_adversarial" if (training_args or {}).get("adversarial") else "sid"),
             "run": run or {},
             "repo_id": repo_id,
             "published_by": published_by,
