@@ -61,11 +61,10 @@ def config_of(name, **settings):
     )
 
 
-def networks_of(name, kind="full"):
+def networks_of(name, kind="full", **settings):
     """With a fake score of its own."""
-    networks = Networks.from_teacher(
-        copy.deepcopy(learned(name).pipeline.transformer), roles=RoleSettings(kind, rank=4)
-    )
+    roles = RoleSettings(kind, rank=4, **settings)
+    networks = Networks.from_teacher(copy.deepcopy(learned(name).pipeline.transformer), roles=roles)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in networks.fake_score.parameters():
@@ -221,6 +220,19 @@ def test_guided_features_are_the_conditional_halfs():
         velocity_and_features(network, case.contract, "proj_out", *inputs, conditional)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_in_bfloat16(autocast):
+    """Tokens are told apart as in float32: text of different lengths stands before the image."""
+    case, inputs = learned("lumina2"), (noise("lumina2"), torch.tensor([0.2, 0.5, 0.9]), words("lumina2")[0])
+    network, module = case.pipeline.transformer, "norm_out.linear_2"
+    expected = velocity_and_features(network, case.contract, module, *inputs)[1]
+    low = network if autocast else copy.deepcopy(network).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        features = velocity_and_features(low, case.contract, module, *inputs)[1]
+    assert features.dtype == torch.float32
+    assert 0 < (features - expected).norm() / expected.norm() < 0.05
+
+
 class Scaled(ToyTransformer):
     """Twice what the projection gives: no reshaping. One layer never runs."""
 
@@ -250,10 +262,17 @@ def test_what_cannot_be_found_is_refused_or_named():
 # --------------------------------------------------------------------------------------------------------------- turns
 
 
-@pytest.mark.parametrize("kind", ["full", "lora_fake", "lora"])
-def test_each_term_moves_one_network(kind):
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("full", None), ("lora_fake", None), ("lora", None), ("lora", "to_q,to_out.0,norm_out.linear,proj_out")],
+)
+def test_each_term_moves_one_network(kind, layers):
     """The discriminator's term alone, and the generator's: SiD is taken away, not trained."""
-    networks, contract, config = networks_of("sd3", kind), learned("sd3").contract, config_of("sd3")
+    networks, contract, config = (
+        networks_of("sd3", kind, lora_layers=layers),
+        learned("sd3").contract,
+        config_of("sd3"),
+    )
     for turn, loss_of, without in (
         ("fake_score", fake_score_turn, sid.fake_score_turn),
         ("generator", generator_turn, sid.generator_turn),

@@ -119,6 +119,7 @@ def test_datasets_that_cannot_be_read(tmp_path, no_network, monkeypatch):
 
 def test_every_pass_uses_every_line_once():
     stream = PromptStream(PROMPTS, seed=0)
+    assert [stream.distinct[row] for row in stream.row_of] == PROMPTS
     assert stream.distinct == ["red", "blue", "green", "white"] and stream.count == 5
     drawn = [stream.distinct[row] for row in stream.rows("generator", range(50))]
     passes = [drawn[start : start + 5] for start in range(0, 50, 5)]

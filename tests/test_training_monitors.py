@@ -12,6 +12,7 @@ from hf_flowdistill.training.monitors import (
     average_metrics,
     drift,
     measure_teacher,
+    progress,
     tracker_config,
     training_facts,
     watch,
@@ -24,6 +25,12 @@ def test_averages_pool_the_spread():
     assert means["x_mean"] == pytest.approx(parts.mean().item(), rel=1e-5)
     assert means["x_std"] == pytest.approx(parts.std(correction=0).item(), rel=1e-5)
     assert means["loss"] == pytest.approx(parts.amax(1).mean().item())
+
+
+def test_progress_shows_what_there_is():
+    pieces = ("gap {gap:.2f}", "told {real:.0%} {fake:.0%}", "lag {lag}")
+    assert progress({"gap": 0.5, "real": 0.25, "lag": 2}, pieces) == "gap 0.50, lag 2"
+    assert progress({"fake": 1.0, "real": 0.25}, pieces) == "told 25% 100%"
 
 
 def test_averages_show_what_is_not_finite():
