@@ -110,8 +110,9 @@ def test_a_student_of_another_teacher_is_refused(tmp_path):
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments, refused):
+    prompts = "--dataset_name=x" if "STUDENT" in arguments else f"--prompt_file={prompt_file()}"
     arguments = [argument.replace("STUDENT", "--student_model_name_or_path=x") for argument in arguments]
-    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}", "--report_to=none"]
+    common = ["--pretrained_model_name_or_path=x", prompts, "--report_to=none"]
     with pytest.raises(UserError, match=refused):
         train_sid_dit.parse_args([*common, *arguments])
 
