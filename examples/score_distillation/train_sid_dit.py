@@ -393,6 +393,8 @@ def main(input_args=None):
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
     check_export_dir(Path(args.output_dir, "student"))
+    origin = {"revision": args.revision, "cache_dir": args.cache_dir}
+    check_student(args.student_model_name_or_path, args.pretrained_model_name_or_path, **origin)
     if args.dry_run is not None:
         return plan(args, prompts, accelerator)
     accelerator.wait_for_everyone()  # everyone has looked at the output folder before anyone writes there
@@ -406,16 +408,16 @@ def main(input_args=None):
 
     # ---------------------------------------------------------------- the teacher, and how it talks to its transformer
     run = SimpleNamespace(args=args, accelerator=accelerator)  # what the functions below share
-    origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    load = functools.partial(load_pipeline, args.pretrained_model_name_or_path, variant=args.variant, **origin)
     run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
-    run.pipeline = run.sharding.load(functools.partial(load_pipeline, args.pretrained_model_name_or_path, **origin))
+    run.pipeline = run.sharding.load(load)
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
     contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
     roles.layers(run.pipeline.transformer)  # which refuses unknown names, while that is early
-    check_stage(run)
+    find_features(run)
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
@@ -466,11 +468,9 @@ def main(input_args=None):
     accelerator.end_training()
 
 
-def check_stage(run):
-    """Refuse a student that is not this teacher's, and a teacher without discriminator features."""
+def find_features(run):
+    """Where the discriminator's features are in the transformer, or a refusal."""
     args = run.args
-    if args.student_model_name_or_path:
-        check_student(args.student_model_name_or_path, run.pipeline.transformer, cache_dir=args.cache_dir)
     if args.adversarial:
         args.discriminator_features = find_projection(run.pipeline, run.contract, args.discriminator_features)
         logger.info(f"the discriminator's features are the input of {args.discriminator_features}")

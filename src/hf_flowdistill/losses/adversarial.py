@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_flowdistill.losses.sid import _at_least_float32
+from hf_flowdistill.losses.sid import at_least_float32
 
 
 LOGIT_LIMIT = 10.0  # beyond it a logit has no gradient
@@ -37,7 +37,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, elements: int) -> tuple[Te
     if real.shape[1:] != fake.shape[1:]:
         raise ValueError(f"logits of real and fake samples differ: {tuple(real.shape)} and {tuple(fake.shape)}")
     with torch.autocast(real.device.type, enabled=False):
-        real, fake = _at_least_float32(real, fake)
+        real, fake = at_least_float32(real, fake)
         loss = (_cross_entropy(real, 1).mean() + _cross_entropy(fake, 0).mean()) / 2
         diagnostics = {
             "discriminator_loss": loss.detach(),
@@ -63,7 +63,7 @@ def adversarial_generator_loss(fake: Tensor, weight: Tensor, *, elements: int) -
     if weight.shape != fake.shape[:1]:
         raise ValueError(f"expected a weight for each of {len(fake)} samples, got {tuple(weight.shape)}")
     with torch.autocast(fake.device.type, enabled=False):
-        fake, weight = _at_least_float32(fake, weight.detach())
+        fake, weight = at_least_float32(fake, weight.detach())
         return elements * (weight * _cross_entropy(fake, 1)).mean()
 
 

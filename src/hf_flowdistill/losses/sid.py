@@ -54,7 +54,7 @@ def sid_generator_loss(
         shapes = [tuple(tensor.shape) for tensor in (x0, x0_teacher, x0_fake, sigma)]
         raise ValueError(f"x0, x0_teacher, x0_fake must share one shape and sigma be its first axis, got {shapes}")
     with torch.autocast(x0.device.type, enabled=False):
-        x0, x0_teacher, x0_fake, sigma = _at_least_float32(x0, x0_teacher, x0_fake, sigma)
+        x0, x0_teacher, x0_fake, sigma = at_least_float32(x0, x0_teacher, x0_fake, sigma)
         weight = weight_function(sigma, x0, x0_teacher).detach()
         gap = x0_teacher - x0_fake
         inner = (gap * ((x0_teacher - x0) - alpha * gap)).flatten(1).sum(1)
@@ -96,11 +96,12 @@ def fake_score_loss(velocity_fake: Tensor, x0: Tensor, noise: Tensor) -> tuple[T
         shapes = [tuple(tensor.shape) for tensor in (velocity_fake, x0, noise)]
         raise ValueError(f"velocity_fake, x0 and noise must share one shape, got {shapes}")
     with torch.autocast(x0.device.type, enabled=False):
-        velocity_fake, x0, noise = _at_least_float32(velocity_fake, x0.detach(), noise.detach())
+        velocity_fake, x0, noise = at_least_float32(velocity_fake, x0.detach(), noise.detach())
         squared_error = (velocity_fake - velocity(x0, noise)).square()
         loss = squared_error.flatten(1).sum(1).mean()
     return loss, {"fake_score_error": squared_error.detach().mean()}
 
 
-def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, those of a lower precision in float32."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]

@@ -5,6 +5,7 @@
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
@@ -15,25 +16,26 @@ from hf_flowdistill.networks import read_index
 from hf_flowdistill.training.distributed import together
 
 
-def check_student(path, transformer: torch.nn.Module, *, cache_dir=None) -> None:
-    """Refuse a student that is none of the teacher with `transformer`, from its configuration alone.
+def check_student(path, teacher, *, revision=None, cache_dir=None) -> None:
+    """Refuse a student that is none of this teacher, from their configurations alone. A `path` of None is no student.
 
     Raises:
-        UserError: it is no pipeline, or its transformer is another one than the teacher's.
+        UserError: one of them is no pipeline, or the student's transformer is another one than the teacher's.
     """
-    _, of_student = read_index(path, cache_dir=cache_dir)["transformer"]
-    of_teacher = type(transformer).__name__
+    if path is None:
+        return
+    places = (path, {"cache_dir": cache_dir}), (teacher, {"cache_dir": cache_dir, "revision": revision})
+    of_student, of_teacher = (read_index(where, **how)["transformer"][1] for where, how in places)
     if of_student != of_teacher:
         raise UserError(
             f"the student {path} has a {of_student}, but the teacher a {of_teacher}: choose a student of this teacher."
         )
-    config = _load(type(transformer).load_config, path, subfolder="transformer", cache_dir=cache_dir)
-    for name, value in transformer.config.items():
-        told = config.get(name, value)
-        if not name.startswith("_") and _plain(told) != _plain(value):
+    config, expected = (_load(ModelMixin.load_config, where, subfolder="transformer", **how) for where, how in places)
+    for name in sorted(config.keys() & expected.keys()):
+        if not name.startswith("_") and config[name] != expected[name]:
             raise UserError(
-                f"the student {path} has a transformer with {name} {told}, but the teacher one with {value}: choose a "
-                "student of this teacher."
+                f"the student {path} has a transformer with {name} {config[name]}, but the teacher one with "
+                f"{expected[name]}: choose a student of this teacher."
             )
 
 
@@ -98,9 +100,4 @@ def _load(load, path, **arguments):
     try:
         return load(path, **arguments)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(f"the student {path} cannot be read: {first_line(error)}") from error
-
-
-def _plain(value):
-    """Sequences alike: JSON makes lists of tuples."""
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
