@@ -5,7 +5,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ def check_student(path, teacher, *, revision=None, cache_dir=None) -> None:
         raise UserError(
             f"the student {path} has a {of_student}, but the teacher a {of_teacher}: choose a student of this teacher."
         )
-    config, expected = (_load(ModelMixin.load_config, where, subfolder="transformer", **how) for where, how in places)
+    config, expected = (_load(AutoModel.load_config, where, subfolder="transformer", **how) for where, how in places)
     for name in sorted(config.keys() & expected.keys()):
         if not name.startswith("_") and config[name] != expected[name]:
             raise UserError(
