@@ -93,7 +93,7 @@ def test_a_student_of_another_teacher_is_refused(tmp_path):
     (other / "transformer" / "config.json").write_text(json.dumps(config))
     weights = load_file(other / WEIGHTS)
     save_file({**weights, "proj_out.weight": weights["proj_out.weight"][:2].clone()}, other / WEIGHTS)
-    with pytest.raises(UserError, match="the student .* cannot be"):
+    with pytest.raises(UserError, match="cannot be (read|gone on with)"):
         run_here(*adversarial(tmp_path / "run2", student_model_name_or_path=other))
 
 

@@ -59,7 +59,9 @@ def velocity_and_features(
 
     with _watched(network, [module], read):
         velocity = contract.velocity(network, x_t, sigma, conditioning)
-    return velocity, torch.cat(parts)[contract.places(conditioning.expand(len(x_t))).to(x_t.device)]
+    features = torch.cat(parts)[contract.places(conditioning.expand(len(x_t))).to(x_t.device)]
+    # A backward pass from features alone would not pass the output, where shards are gathered for it.
+    return velocity, features + 0 * velocity.flatten(1).sum(1, keepdim=True)
 
 
 def guided_velocity_and_features(
@@ -110,7 +112,7 @@ def find_projection(pipeline, contract: Contract, name: str | None = None) -> st
             fits = _are_tokens if name else _is_reshaped
             found.append([key for key in called if calls[key] and fits(velocity, calls[key])])
 
-        with torch.enable_grad(), _frozen(transformer), _watched(transformer, called, read):
+        with _watched(transformer, called, read, cut=True):
             contract.velocity(transformer, *inputs)
     fitting = [key for key in called if all(key in of_call for of_call in found)]
     if fitting:
@@ -142,13 +144,21 @@ def _called(transformer, contract: Contract, names: list[str], inputs) -> list[s
 
 
 @contextlib.contextmanager
-def _watched(network, names: list[str], read: Callable):
-    """Inside, every call of the transformer ends with `read(output, calls)`: name -> (input, output) of its calls."""
+def _watched(network, names: list[str], read: Callable, *, cut: bool = False):
+    """Inside, every call of the transformer ends with `read(output, calls)`: name -> (input, output) of its calls.
+
+    With `cut`, there is a graph of what follows these modules, between them and to the output, and of nothing else,
+    whatever the gradient mode; so nothing is traced back through the weights of another one, which shards may have
+    released by then.
+    """
+    enabled = torch.is_grad_enabled()
     transformer = network.shared.transformer if isinstance(network, Role) else network
     calls: dict[str, list] = {name: [] for name in names}
 
     def keep(name, module, args, output):
-        if not output.requires_grad:  # of frozen networks and an input without gradient
+        if cut:
+            torch.set_grad_enabled(True)
+        if cut or not output.requires_grad:  # the latter of a frozen network and an input without gradient
             output = output.detach().requires_grad_()
         calls[name].append((args[0], output))
         return output
@@ -157,6 +167,7 @@ def _watched(network, names: list[str], read: Callable):
         read(output, calls)
         for of_module in calls.values():
             of_module.clear()
+        torch.set_grad_enabled(enabled)
 
     hooks = [
         transformer.get_submodule(name).register_forward_hook(lambda *inside, name=name: keep(name, *inside))
@@ -167,21 +178,9 @@ def _watched(network, names: list[str], read: Callable):
     try:
         yield
     finally:
+        torch.set_grad_enabled(enabled)
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _frozen(transformer):
-    """Parameters without gradient, so that a graph is there for what follows the projection only."""
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _traced(velocity: Tensor, numbers: Tensor, count: int, source: Tensor) -> Tensor:
