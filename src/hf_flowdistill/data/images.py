@@ -5,21 +5,341 @@
 A part is the next images of the data that can be used, `images_per_part` of them (rounded up to whole shards) or all.
 How a training script uses them:
 
-    encoder = learn_image_encoder(pipeline, contract)                 # teachers.encode; UserError where it cannot be
-    pairs = ImagePairs(
-        folder, open_dataset(...), encoder, size=(contract.height, contract.width), seed=seed,
-        images_per_part=None or N, rank=..., world_size=..., wait=accelerator.wait_for_everyone,
-        state=run.state.get("images"),                                # of a checkpoint, or None
-    )
-    if pairs.move_to(images_seen):                                    # before an update, on every process: True if the
-        conditional = cached_conditioning(                            # part is another than before. It may encode, so
-            pairs.folder / "conditioning", encoder_key(...), pairs.captions, encode, ...  # VAE and text encoders have
-        )                                                             # to be on the device: ask `pairs.is_over(seen)`.
-        run.state["images"] = pairs.state                             # JSON; what a checkpoint has to keep
+    encoder = learn_image_encoder(pipeline, contract)               # teachers.encode; UserError where it cannot be
+    pairs = ImagePairs(folder, open_dataset(...), encoder, seed=seed, ..., state=run.state.get("images"))
 
-    rows = pairs.rows([images_seen + i for i in indices])             # LongTensor [n], a function of seed and position
-    x0, real = pairs.latents(rows), conditional[rows]                 # float32 on the CPU [n, *contract.latent_shape]
+    if pairs.is_over(images_seen):                                  # before an update; the same on every process
+        move_all_but_transformer(pipeline, device)                  # VAE and text encoders are needed
+        pairs.move_to(images_seen)
+        conditional = cached_conditioning(pairs.folder / "conditioning", key, pairs.captions, ...)
+        run.state["images"] = pairs.state                           # JSON; a checkpoint has to keep it
+    rows = pairs.rows([images_seen + i for i in indices])           # a function of seed and position
+    x0, real = pairs.latents(rows), conditional[rows]
 
-`pairs.captions[row]` is the caption of a row. All positions of one update are of the part that `move_to` chose for its
-first. `pairs.folder` is deleted with its part.
+All positions of an update are of the part that `move_to` chose for its first.
 """
+
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_flowdistill.data.image_dataset import (
+    ImageDataset,
+    UnusableImage,
+    fit_image,
+    image_name,
+    open_image,
+    row_seed,
+    usable_caption,
+)
+from hf_flowdistill.data.shards import (
+    check_shard,
+    claim,
+    clear_unfinished,
+    corrupt,
+    json_digest,
+    one_run_at_a_time,
+    read_about,
+    write_shard,
+)
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks import weights_digest
+from hf_flowdistill.teachers.encode import ImageEncoder
+from hf_flowdistill.training.distributed import stream_seed
+
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_BATCH = 8
+ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of the batch
+SHARDS_PER_ROUND = 8  # of each process, between two looks at what all have written
+SKIPPED_FILE = "skipped.jsonl"
+
+
+def image_encoder_key(encoder: ImageEncoder) -> dict[str, Any]:
+    """Everything that an image's latents depend on besides the image, as JSON."""
+    layout = [tensor.tolist() for tensor in (encoder.source, encoder.scale, encoder.shift)]
+    return {
+        "vae": type(encoder.vae).__name__,
+        "vae_weights": weights_digest(encoder.vae),
+        "vae_dtype": str(next(encoder.vae.parameters()).dtype),
+        "size": [encoder.height, encoder.width],
+        "layout": json_digest([encoder.mode, encoder.latent_shape, encoder.vae_shape, *layout])[:16],
+    }
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """`ROWS_PER_SHARD` rows of the data: what of them can be used. `last` says that the data ends in it."""
+
+    path: Path
+    captions: list[str]
+    skipped: list[list]  # number of the row, name, reason
+    last: bool
+
+
+class ImagePairs:
+    """The pairs of the current part. A row is a number from 0 to `len(captions) - 1`.
+
+    On the disk, `folder` has index.json, which says what the latents depend on; skipped.jsonl, which names every image
+    that was left out; and a folder for each part, with shards as those of the conditioning (see `data.shards`). Only
+    the current part is kept, or, without `images_per_part`, everything.
+
+    Attributes:
+        captions: of the current part, one for each row.
+        folder: of the current part, deleted with it; conditioning of its captions can be kept inside.
+        state: where the current part begins, as JSON.
+    """
+
+    def __init__(
+        self,
+        folder,
+        dataset: ImageDataset,
+        encoder: ImageEncoder,
+        *,
+        seed: int,
+        images_per_part: int | None = None,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        wait: Callable[[], None] = lambda: None,
+        state: dict[str, int] | None = None,
+    ):
+        """No image is read yet; `move_to` comes first.
+
+        Args:
+            folder: of the cache, on a disk that all processes share.
+            seed: of the order of the images, of crops and flips.
+            images_per_part: how many pairs are encoded ahead; all by default. Whole shards: up to 63 more.
+            center_crop, random_flip: see `image_dataset.fit_image`.
+            wait: returns when all processes have called it.
+            state: of an earlier `ImagePairs` with the same arguments, to go on with its part.
+        """
+        self.captions: list[str] = []
+        self.state = state or {"first": 0, "row": 0}
+        self._root, self._dataset, self._encoder, self._seed = Path(folder), dataset, encoder, seed
+        self._images_per_part, self._rows_per_shard = images_per_part, min(images_per_part or 64, ROWS_PER_SHARD)
+        self._fit = functools.partial(
+            fit_image, height=encoder.height, width=encoder.width, center_crop=center_crop, random_flip=random_flip
+        )
+        self._rank, self._world_size, self._wait = rank, world_size, wait
+        self._key = {
+            **image_encoder_key(encoder),
+            "data": dataset.identity,
+            "crop": "center" if center_crop else "random",
+            "random_flip": random_flip,
+            "seed": seed if random_flip or not center_crop else None,
+            "rows_per_shard": self._rows_per_shard,
+            "deleted_after_use": images_per_part is not None,
+        }
+        self._places: list[tuple[Path, int]] = []
+        self._next_row, self._whole = 0, False
+        self._permutation = functools.lru_cache(maxsize=4)(self._draw_permutation)
+
+    @property
+    def folder(self) -> Path:
+        return self._root / f"part-{self.state['row']:010}"
+
+    def is_over(self, position: int) -> bool:
+        """Whether the image at `position` is of a later part than the current one. All the data is one endless part."""
+        return not self.captions or (not self._whole and position >= self.state["first"] + len(self.captions))
+
+    def move_to(self, position: int) -> bool:
+        """Make the part of the image at `position` the current one; False if it is already.
+
+        Every process calls this, and encodes its share of what is not on the disk. What is there is the same, bit for
+        bit, for any number of processes and after any interruption. The parts before are deleted.
+
+        Raises:
+            UserError: the data cannot be read, has no usable image, or the folder is the cache of something else.
+        """
+        if not self.is_over(position):
+            return False
+        if self.captions:
+            self._advance()
+        self._load()
+        while self.is_over(position):
+            if not self.captions and self._whole:
+                raise self._nothing_usable()
+            self._advance()
+            self._load()
+        return True
+
+    def rows(self, positions) -> Tensor:
+        """The rows of the images at `positions`, [len(positions)] in int64: every image once in each pass over the part,
+        in an order that depends on seed, part and pass."""
+        passes = [divmod(position - self.state["first"], len(self.captions)) for position in positions]
+        return torch.stack([self._permutation(self.state["first"], number)[place] for number, place in passes])
+
+    def latents(self, rows) -> Tensor:
+        """The x0 latents of `rows`: float32 on the CPU, [len(rows), *contract.latent_shape]."""
+        latents = []
+        for row in torch.as_tensor(rows).tolist():
+            path, place = self._places[row]
+            with safe_open(path, "pt") as shard:
+                latents.append(shard.get_slice("latents")[place : place + 1])
+        return torch.cat(latents)
+
+    def _draw_permutation(self, first: int, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(self._seed, "images", first, number))
+        return torch.randperm(len(self.captions), generator=generator)
+
+    def _advance(self) -> None:
+        self.state = {"first": self.state["first"] + len(self.captions), "row": self._next_row}
+
+    def _load(self) -> None:
+        """Encode what is missing of the part that `state` names, and read what it has."""
+        first, found = self.state["row"] // self._rows_per_shard, {}
+        if self._rank == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+        with self._lock() if self._rank == 0 else contextlib.nullcontext():
+            if self._rank == 0:
+                claim(self._root, self._key, "image", "VAE, size or data", "--image_cache_dir")
+                self.folder.mkdir(exist_ok=True)
+                clear_unfinished(self.folder)
+            self._wait()
+            self._look(found, "*")
+            for shard in list(found.values())[self._rank :: self._world_size]:
+                check_shard(shard.path)
+            self._wait()  # everyone has looked before anyone writes
+            progress = tqdm(unit="image", desc="encoding", disable=self._rank > 0, total=self._images_per_part)
+            while missing := self._walk(first, found)[1]:
+                for number in missing[self._rank :: self._world_size]:
+                    progress.update(self._encode_shard(number))
+                self._wait()
+                for number in missing:
+                    self._look(found, f"{number:08}")
+                if not found.keys() >= set(missing):
+                    raise UserError(
+                        f"the image cache {self._root} does not show this process what others wrote there: put it on "
+                        "a disk that all machines share."
+                    )
+            progress.close()
+            shards = self._walk(first, found)[0]
+            if self._rank == 0:
+                self._tell_skipped(shards)
+                for path in self._root.glob("part-*") if self._images_per_part else ():
+                    if path != self.folder:
+                        shutil.rmtree(path)
+            self._wait()
+        self.captions = [caption for shard in shards for caption in shard.captions]
+        self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
+        self._permutation.cache_clear()
+        self._next_row = 0 if shards[-1].last else (first + len(shards)) * self._rows_per_shard
+        self._whole = first == 0 and shards[-1].last
+
+    def _walk(self, first: int, found: dict[int, _Shard]) -> tuple[list[_Shard], list[int]]:
+        """The shards from number `first` on until there are enough images, and the numbers of the next missing ones.
+
+        A missing one is taken to be full, so that none is encoded that might not be needed.
+        """
+        shards, missing, images = [], [], 0
+        for number in itertools.count(first):
+            if images >= (self._images_per_part or float("inf")) or (shards and shards[-1].last):
+                break
+            if len(missing) == SHARDS_PER_ROUND * self._world_size:
+                break
+            if number in found:
+                shards.append(found[number])
+                images += len(found[number].captions)
+            else:
+                missing.append(number)
+                images += self._rows_per_shard
+        return shards, missing
+
+    def _look(self, found: dict[int, _Shard], number: str) -> None:
+        """Put the shards that are on the disk into `found`."""
+        for path in sorted(self.folder.glob(f"shard-{number}-*.safetensors")):
+            about = read_about(path, "images")
+            if about.get("key") != json_digest(self._key):
+                raise UserError(f"the shard {path} is foreign, it was not written for these images: take it away.")
+            try:
+                found[int(path.name.split("-")[1])] = _Shard(
+                    path, list(about["captions"]), list(about["skipped"]), bool(about["last"])
+                )
+            except (KeyError, TypeError, ValueError):
+                raise corrupt(path, "it does not say which images it holds") from None
+
+    def _encode_shard(self, number: int) -> int:
+        """Encode and write the shard with this number; how many images it has."""
+        captions, skipped, latents, batch, rows = [], [], [], [], 0
+        for row, image, caption in self._dataset.rows(number * self._rows_per_shard, self._rows_per_shard):
+            rows += 1
+            try:
+                text = usable_caption(caption)
+                batch.append(self._fit(open_image(image), seed=row_seed(self._seed, row)))
+                captions.append(text)
+            except UnusableImage as error:
+                skipped.append([row, image_name(image), str(error)])
+            if len(batch) == IMAGES_PER_BATCH:
+                latents.append(self._encoder(batch))
+                batch = []
+        if batch:
+            latents.append(self._encoder(batch))
+        about = {"captions": captions, "skipped": skipped, "last": rows < self._rows_per_shard}
+        write_shard(
+            self.folder,
+            {"latents": torch.cat(latents)} if latents else {},
+            {"images": json.dumps({"key": json_digest(self._key), **about})},
+            prefix=f"shard-{number:08}",
+            unfinished=f"unfinished-{self._rank}.tmp",
+        )
+        return len(captions)
+
+    def _tell_skipped(self, shards: list[_Shard]) -> None:
+        """Add what these shards left out to the file of all that was left out, and say so."""
+        skipped = [entry for shard in shards for entry in shard.skipped]
+        if not skipped:
+            return
+        file = self._root / SKIPPED_FILE
+        known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+        lines = [json.dumps({"row": row, "name": name, "reason": reason}) for row, name, reason in skipped]
+        with open(file, "a", encoding="utf-8") as appended:
+            appended.writelines(f"{line}\n" for line in lines if line not in known)
+        used, (row, name, reason) = sum(len(shard.captions) for shard in shards), skipped[0]
+        logger.warning(
+            f"{len(skipped)} of {used + len(skipped)} images of the dataset {self._dataset.name} are skipped, which "
+            f"{file} names; the first is row {row}{f', {name}' if name else ''}: {reason}"
+        )
+
+    def _nothing_usable(self) -> UserError:
+        file = self._root / SKIPPED_FILE
+        if not file.exists():
+            return UserError(
+                f"the dataset {self._dataset.name} has no images: choose another --dataset_name or split."
+            )
+        first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        return UserError(
+            f"no image of the dataset {self._dataset.name} can be used (row {first['row']}: {first['reason']}; {file} "
+            "names all): choose other columns or another dataset."
+        )
+
+    def _lock(self):
+        """Several runs may share what is kept, one after the other adding to it. What is deleted after use is one
+        run's alone, until its process ends."""
+        if self._images_per_part is None:
+            return one_run_at_a_time(self._root, "image")
+        lock = FileLock(self._root / ".lock", is_singleton=True)
+        if not lock.is_locked:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"another run uses the image cache {self._root} and deletes there: give another --image_cache_dir."
+                ) from None
+            self._held = lock
+        return contextlib.nullcontext()

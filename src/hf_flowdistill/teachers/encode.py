@@ -2,15 +2,14 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Images to latents through the pipeline's own VAE, in the layout that its own code decodes.
 
-Between a pipeline's sampler and its VAE lies code of its own: unpacking, unpatchifying, scaling, shifting. All of it is
-learned from what one call of the pipeline hands to `vae.decode`, and inverted.
+Between a pipeline's sampler and its VAE lies code of its own: unpacking, unpatchifying, scaling, shifting. It is learned
+from what the pipeline hands to `vae.decode`, and inverted.
 """
 
 import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ class ImageEncoder:
 
     Attributes:
         vae: the pipeline's own. It may be moved to another device and back.
+        mode: what the VAE is given: "RGB", or "RGBA" with an opaque fourth channel.
         height, width: of the images, in pixels.
         latent_shape: the contract's, without the batch dimension.
         vae_shape: of what `vae.decode` is given, without the batch dimension.
@@ -43,6 +43,7 @@ class ImageEncoder:
     """
 
     vae: torch.nn.Module
+    mode: str
     height: int
     width: int
     latent_shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class ImageEncoder:
         for image in images:
             if image.size != (self.width, self.height) or image.mode != "RGB":
                 raise ValueError(f"expected RGB images of {self.width} x {self.height}, not {image.mode} {image.size}")
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([image.convert(self.mode) for image in images])).permute(0, 3, 1, 2)
         weight = next(self.vae.parameters())
         pixels = (pixels.to(weight.device, torch.float32) / 127.5 - 1).to(weight.dtype)
         if len(self.vae_shape) == 4:  # of a VAE for videos: one frame
@@ -126,26 +127,18 @@ def learn_image_encoder(pipeline, contract) -> ImageEncoder:
     error = (scale * random[source] + shift - random_seen).abs().max() / random_seen.abs().max()
     if not error < TOLERANCE.get(dtype, 1e-4):
         raise refuse(f"its VAE is not given a scaled and shifted permutation of them (relative error {error:.1e})")
-    size = {"height": contract.height, "width": contract.width}
-    encoder = ImageEncoder(vae, **size, **_layout(contract, vae_shape, source, scale, shift))
-    with undisturbed(pipeline):
+    for mode in ("RGB", "RGBA"):
+        layout = contract.latent_shape, vae_shape, source, scale, shift
+        encoder = ImageEncoder(vae, mode, contract.height, contract.width, *layout)
         try:
-            encoder([Image.new("RGB", (contract.width, contract.height), "grey")])
+            with undisturbed(pipeline):
+                encoder([Image.new("RGB", (contract.width, contract.height), "grey")])
+            return encoder
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise refuse(f"its VAE does not encode one ({first_line(error)})") from error
-    return encoder
-
-
-def _layout(contract, vae_shape, source, scale, shift) -> dict[str, Any]:
-    return {
-        "latent_shape": contract.latent_shape,
-        "vae_shape": vae_shape,
-        "source": source,
-        "scale": scale,
-        "shift": shift,
-    }
+            reason = first_line(error)
+    raise refuse(f"its VAE does not encode one ({reason})")
 
 
 def _decoder_inputs(pipeline, contract, latents: Tensor, refuse) -> Tensor:
