@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fsspec
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_flowdistill.data.shards import json_digest
 from hf_flowdistill.errors import UserError, first_line
@@ -38,7 +38,7 @@ class ImageDataset:
         self._stream, self._position = None, 0
 
     def rows(self, start: int, count: int) -> Iterator[tuple[int, Any, Any]]:
-        """(number, image, caption) of the rows `start` to `start + count`, or to the end of the data if that is before.
+        """(number, image, caption) of the rows `start` to `start + count`, or to the end of the data.
 
         A stream is read on from where it is; going back, and starting late, read everything before again.
 
@@ -55,7 +55,7 @@ class ImageDataset:
             raise UserError(f"the dataset {self.name} cannot be read: {first_line(error)}") from error
 
     def _read(self, start: int, count: int) -> Iterator[dict]:
-        if hasattr(self._rows, "__getitem__"):
+        if hasattr(self._rows, "__len__"):
             return (self._rows[number] for number in range(start, min(start + count, len(self._rows))))
         if self._stream is None or start < self._position:
             self._stream, self._position = iter(self._rows), 0
@@ -73,7 +73,7 @@ def open_dataset(
     caption_column: str = "text",
     streaming: bool = False,
 ) -> ImageDataset:
-    """A text-image set: a folder (of images with a metadata file, of parquet files, of webdataset archives) or a Hub id.
+    """A text-image set: a Hub id, or a folder of images and their metadata.csv, of parquet files or of webdatasets.
 
     Args:
         streaming: read it as it is needed, without downloading or converting it as a whole first.
@@ -126,10 +126,10 @@ def usable_caption(caption: Any) -> str:
     Raises:
         UnusableImage: it is blank, or not text.
     """
-    if not isinstance(caption, str) or not caption.strip():
-        raise UnusableImage(
-            "it has no caption" if not caption or isinstance(caption, str) else "its caption is no text"
-        )
+    if caption is not None and not isinstance(caption, str):
+        raise UnusableImage(f"its caption is no text but a {type(caption).__name__}")
+    if not (caption or "").strip():
+        raise UnusableImage("it has no caption")
     return caption.strip()
 
 
@@ -152,7 +152,8 @@ def open_image(image: Any) -> Image.Image:
                 opened.load()
                 return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # of the many kinds that PIL's readers have
-        raise UnusableImage(first_line(error).replace(f"{io.BytesIO.__name__} object", "file")) from error
+        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UnusableImage(reason) from error
 
 
 def _read_file(path) -> bytes:
@@ -177,7 +178,7 @@ def fit_image(
     Args:
         center_crop: crop to the middle, otherwise anywhere.
         random_flip: mirror every other image.
-        seed: of what is random, an integer.
+        seed: of what is random.
     """
     draw = random.Random(seed)
     centering = draw.random(), draw.random()

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Text-image pairs as the adversarial stage uses them: latents on the disk, encoded part by part, and their captions.
 
-A part is the next images of the data that can be used, `images_per_part` of them (rounded up to whole shards) or all.
+A part is the next images of the data that can be used: all, or `images_per_part` and the few that fill its last shard.
 How a training script uses them:
 
     encoder = learn_image_encoder(pipeline, contract)               # teachers.encode; UserError where it cannot be
@@ -124,7 +124,7 @@ class ImagePairs:
         Args:
             folder: of the cache, on a disk that all processes share.
             seed: of the order of the images, of crops and flips.
-            images_per_part: how many pairs are encoded ahead; all by default. Whole shards: up to 63 more.
+            images_per_part: how many pairs are encoded ahead; all by default.
             center_crop, random_flip: see `image_dataset.fit_image`.
             wait: returns when all processes have called it.
             state: of an earlier `ImagePairs` with the same arguments, to go on with its part.
@@ -132,7 +132,9 @@ class ImagePairs:
         self.captions: list[str] = []
         self.state = state or {"first": 0, "row": 0}
         self._root, self._dataset, self._encoder, self._seed = Path(folder), dataset, encoder, seed
-        self._images_per_part, self._rows_per_shard = images_per_part, min(images_per_part or 64, ROWS_PER_SHARD)
+        self._images_per_part = images_per_part
+        # so that filling up the last one adds an eighth to a part at most
+        self._rows_per_shard = max(1, min(ROWS_PER_SHARD, (images_per_part or 8 * ROWS_PER_SHARD) // 8))
         self._fit = functools.partial(
             fit_image, height=encoder.height, width=encoder.width, center_crop=center_crop, random_flip=random_flip
         )
@@ -155,7 +157,7 @@ class ImagePairs:
         return self._root / f"part-{self.state['row']:010}"
 
     def is_over(self, position: int) -> bool:
-        """Whether the image at `position` is of a later part than the current one. All the data is one endless part."""
+        """Whether the image at `position` is of a later part than the current one. All the data never ends."""
         return not self.captions or (not self._whole and position >= self.state["first"] + len(self.captions))
 
     def move_to(self, position: int) -> bool:
@@ -180,8 +182,10 @@ class ImagePairs:
         return True
 
     def rows(self, positions) -> Tensor:
-        """The rows of the images at `positions`, [len(positions)] in int64: every image once in each pass over the part,
-        in an order that depends on seed, part and pass."""
+        """The rows of the images at `positions`, [len(positions)] in int64.
+
+        Each pass over the part has every image once, in an order that depends on seed, part and pass.
+        """
         passes = [divmod(position - self.state["first"], len(self.captions)) for position in positions]
         return torch.stack([self._permutation(self.state["first"], number)[place] for number, place in passes])
 
@@ -212,24 +216,11 @@ class ImagePairs:
                 self.folder.mkdir(exist_ok=True)
                 clear_unfinished(self.folder)
             self._wait()
-            self._look(found, "*")
+            self._look(found)
             for shard in list(found.values())[self._rank :: self._world_size]:
                 check_shard(shard.path)
             self._wait()  # everyone has looked before anyone writes
-            progress = tqdm(unit="image", desc="encoding", disable=self._rank > 0, total=self._images_per_part)
-            while missing := self._walk(first, found)[1]:
-                for number in missing[self._rank :: self._world_size]:
-                    progress.update(self._encode_shard(number))
-                self._wait()
-                for number in missing:
-                    self._look(found, f"{number:08}")
-                if not found.keys() >= set(missing):
-                    raise UserError(
-                        f"the image cache {self._root} does not show this process what others wrote there: put it on "
-                        "a disk that all machines share."
-                    )
-            progress.close()
-            shards = self._walk(first, found)[0]
+            shards = self._encode_missing(first, found)
             if self._rank == 0:
                 self._tell_skipped(shards)
                 for path in self._root.glob("part-*") if self._images_per_part else ():
@@ -241,6 +232,24 @@ class ImagePairs:
         self._permutation.cache_clear()
         self._next_row = 0 if shards[-1].last else (first + len(shards)) * self._rows_per_shard
         self._whole = first == 0 and shards[-1].last
+
+    def _encode_missing(self, first: int, found: dict[int, _Shard]) -> list[_Shard]:
+        """Encode this process's share of what is not in `found`, and return the shards of the part."""
+        shards, missing = self._walk(first, found)
+        total = self._images_per_part and self._images_per_part // self._world_size
+        with tqdm(total=total, unit="image", desc="encoding", disable=self._rank > 0 or not missing) as progress:
+            while missing:
+                for number in missing[self._rank :: self._world_size]:
+                    progress.update(self._encode_shard(number))
+                self._wait()
+                self._look(found, missing)  # at no others: a faster process may be writing them
+                if not found.keys() >= set(missing):
+                    raise UserError(
+                        f"the image cache {self._root} does not show this process what others wrote there: put it on "
+                        "a disk that all machines share."
+                    )
+                shards, missing = self._walk(first, found)
+        return shards
 
     def _walk(self, first: int, found: dict[int, _Shard]) -> tuple[list[_Shard], list[int]]:
         """The shards from number `first` on until there are enough images, and the numbers of the next missing ones.
@@ -261,17 +270,18 @@ class ImagePairs:
                 images += self._rows_per_shard
         return shards, missing
 
-    def _look(self, found: dict[int, _Shard], number: str) -> None:
-        """Put the shards that are on the disk into `found`."""
-        for path in sorted(self.folder.glob(f"shard-{number}-*.safetensors")):
+    def _look(self, found: dict[int, _Shard], numbers=None) -> None:
+        """Put the shards that are on the disk, or those of these numbers, into `found`."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            number = int("0" + "".join(filter(str.isdigit, path.name.split("-")[1])))
+            if numbers is not None and number not in numbers:
+                continue
             about = read_about(path, "images")
             if about.get("key") != json_digest(self._key):
                 raise UserError(f"the shard {path} is foreign, it was not written for these images: take it away.")
             try:
-                found[int(path.name.split("-")[1])] = _Shard(
-                    path, list(about["captions"]), list(about["skipped"]), bool(about["last"])
-                )
-            except (KeyError, TypeError, ValueError):
+                found[number] = _Shard(path, list(about["captions"]), list(about["skipped"]), bool(about["last"]))
+            except (KeyError, TypeError):
                 raise corrupt(path, "it does not say which images it holds") from None
 
     def _encode_shard(self, number: int) -> int:
@@ -334,12 +344,12 @@ class ImagePairs:
         if self._images_per_part is None:
             return one_run_at_a_time(self._root, "image")
         lock = FileLock(self._root / ".lock", is_singleton=True)
-        if not lock.is_locked:
-            try:
+        try:
+            if not lock.is_locked:
                 lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"another run uses the image cache {self._root} and deletes there: give another --image_cache_dir."
-                ) from None
-            self._held = lock
+        except Timeout:
+            raise UserError(
+                f"another run uses the image cache {self._root} and deletes there: give another --image_cache_dir."
+            ) from None
+        self._held = lock
         return contextlib.nullcontext()

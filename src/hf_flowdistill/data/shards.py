@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Folders of shards that never change: each is written under a temporary name and then named after its checksum.
 
-So a crash costs unfinished shards only, and damage is noticed. A folder belongs to one key, which is in its index.json.
+So a crash costs unfinished shards only, and damage is noticed. A folder belongs to one key, in its index.json.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Images to latents through the pipeline's own VAE, in the layout that its own code decodes.
 
-Between a pipeline's sampler and its VAE lies code of its own: unpacking, unpatchifying, scaling, shifting. It is learned
-from what the pipeline hands to `vae.decode`, and inverted.
+Between a pipeline's sampler and its VAE lies code of its own: unpacking, unpatchifying, scaling, shifting. It is
+learned from what the pipeline hands to `vae.decode`, and inverted.
 """
 
 import inspect
