@@ -5,8 +5,10 @@
 A part is the next images of the data that can be used: all, or `images_per_part` and the few that fill its last shard.
 How a training script uses them:
 
+    dataset = open_dataset(args.dataset_name, **dataset_settings(args))   # training.image_arguments
     encoder = learn_image_encoder(pipeline, contract)               # teachers.encode; UserError where it cannot be
-    pairs = ImagePairs(folder, open_dataset(...), encoder, seed=seed, ..., state=run.state.get("images"))
+    pairs = ImagePairs(image_cache_dir(args), dataset, encoder, **pair_settings(args), rank=rank,
+                       world_size=world_size, wait=wait, state=run.state.get("images"))
 
     if pairs.is_over(images_seen):                                  # before an update; the same on every process
         move_all_but_transformer(pipeline, device)                  # VAE and text encoders are needed
@@ -181,13 +183,15 @@ class ImagePairs:
             self._load()
         return True
 
-    def rows(self, positions) -> Tensor:
-        """The rows of the images at `positions`, [len(positions)] in int64.
+    def rows(self, positions, purpose: str = "images") -> Tensor:
+        """The rows of the images at `positions`, [len(positions)] in int64; each `purpose` has its own order.
 
-        Each pass over the part has every image once, in an order that depends on seed, part and pass.
+        Each pass over the part has every image once, in an order that depends on seed, purpose, part and pass.
         """
         passes = [divmod(position - self.state["first"], len(self.captions)) for position in positions]
-        return torch.stack([self._permutation(self.state["first"], number)[place] for number, place in passes])
+        return torch.stack(
+            [self._permutation(purpose, self.state["first"], number)[place] for number, place in passes]
+        )
 
     def latents(self, rows) -> Tensor:
         """The x0 latents of `rows`: float32 on the CPU, [len(rows), *contract.latent_shape]."""
@@ -198,8 +202,8 @@ class ImagePairs:
                 latents.append(shard.get_slice("latents")[place : place + 1])
         return torch.cat(latents)
 
-    def _draw_permutation(self, first: int, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(self._seed, "images", first, number))
+    def _draw_permutation(self, purpose: str, first: int, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(self._seed, purpose, "part", first, number))
         return torch.randperm(len(self.captions), generator=generator)
 
     def _advance(self) -> None:

@@ -1,0 +1,81 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Arguments of a training's text-image pairs."""
+
+from pathlib import Path
+
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.training.arguments import check_output_dir
+
+
+DEFAULTS = {
+    "dataset_split": "train",
+    "streaming": False,
+    "image_column": "image",
+    "center_crop": False,
+    "random_flip": False,
+    "images_per_part": None,
+    "image_cache_dir": None,
+}
+# What may change on resume, since it does not change the pairs.
+FREE_ON_RESUME = ("image_cache_dir", "streaming")
+
+
+def add_image_arguments(parser) -> None:
+    """Arguments of which images are used, and of how they become latents; names and meaning as in diffusers' scripts.
+
+    The dataset itself and its captions are `--dataset_name`, `--dataset_config_name` and `--caption_column`.
+    """
+    add = parser.add_argument_group("images (with --adversarial, of --dataset_name)").add_argument
+    add("--dataset_split", default=DEFAULTS["dataset_split"], metavar="NAME", help="of the dataset")
+    add("--streaming", action="store_true", help="read the dataset as it is needed, without downloading it first")
+    add("--image_column", default=DEFAULTS["image_column"], metavar="NAME", help="of the dataset")
+    add("--center_crop", action="store_true", help="crop images to their middle; by default anywhere")
+    add("--random_flip", action="store_true", help="mirror every other image")
+    add(
+        "--images_per_part",
+        type=int,
+        metavar="IMAGES",
+        help="how many are encoded ahead and kept on the disk, together with their captions; all by default",
+    )
+    add("--image_cache_dir", metavar="DIR", help="encoded images; images/ in --output_dir by default")
+
+
+def check_image_arguments(args) -> None:
+    """Refuse arguments of `add_image_arguments` that cannot be meant, before anything long starts.
+
+    Raises:
+        UserError: they are given without `--adversarial`, or that without a dataset; a part is smaller than an update.
+    """
+    given = [f"--{name}" for name, default in DEFAULTS.items() if getattr(args, name) != default]
+    if not args.adversarial:
+        if given:
+            raise UserError(f"{given[0]} is of the images of --adversarial: give that too, or leave it out.")
+        return
+    if not args.dataset_name:
+        raise UserError("--adversarial needs images with captions: name a text-image set with --dataset_name.")
+    update = args.train_batch_size * args.gradient_accumulation_steps
+    if args.images_per_part is not None and args.images_per_part < update:
+        raise UserError(
+            f"--images_per_part is {args.images_per_part}: it must be at least an update's images, which are {update} "
+            "on each process."
+        )
+    if args.image_cache_dir:
+        check_output_dir(args.image_cache_dir, "--image_cache_dir")
+
+
+def image_cache_dir(args) -> Path:
+    """Where the images of this run are kept."""
+    return Path(args.image_cache_dir or Path(args.output_dir, "images"))
+
+
+def dataset_settings(args) -> dict:
+    """The arguments that `data.image_dataset.open_dataset` takes by name."""
+    names = {"split": "dataset_split", "config": "dataset_config_name"}
+    names |= {name: name for name in ("image_column", "caption_column", "streaming")}
+    return {name: getattr(args, argument) for name, argument in names.items()}
+
+
+def pair_settings(args) -> dict:
+    """The arguments that `data.images.ImagePairs` takes by name."""
+    return {name: getattr(args, name) for name in ("seed", "images_per_part", "center_crop", "random_flip")}
