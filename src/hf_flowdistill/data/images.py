@@ -225,12 +225,14 @@ class ImagePairs:
                 check_shard(shard.path)
             self._wait()  # everyone has looked before anyone writes
             shards = self._encode_missing(first, found)
+            self._wait()  # everyone has seen everything before anything goes
             if self._rank == 0:
                 self._tell_skipped(shards)
+                for path in {shard.path for shard in found.values()} - {shard.path for shard in shards}:
+                    path.unlink()  # empty, written by a process that did not know yet that the data ends before
                 for path in self._root.glob("part-*") if self._images_per_part else ():
                     if path != self.folder:
                         shutil.rmtree(path)
-            self._wait()
         self.captions = [caption for shard in shards for caption in shard.captions]
         self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
         self._permutation.cache_clear()
