@@ -171,10 +171,8 @@ def test_resumes_in_the_middle_of_a_part(images_per_part, streaming, start, tmp_
         for position in range(56, 128, 4):
             again.move_to(position)
             assert_same(batch(again, position, 4), expected[position])
-    several = together(
-        3, lambda **share: start("several", state=json.loads(kept), images_per_part=images_per_part, **share), 56
-    )
-    for one in several:
+    build = functools.partial(start, "several", state=json.loads(kept), images_per_part=images_per_part)
+    for one in together(3, build, 56):
         assert_same(batch(one, 56, 4), expected[56])
 
 

@@ -8,7 +8,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.training.arguments import check_output_dir
 
 
-DEFAULTS = {
+DEFAULTS = {  # here, since a run without images has none of them
     "dataset_split": "train",
     "streaming": False,
     "image_column": "image",
@@ -27,11 +27,12 @@ def add_image_arguments(parser) -> None:
     The dataset itself and its captions are `--dataset_name`, `--dataset_config_name` and `--caption_column`.
     """
     add = parser.add_argument_group("images (with --adversarial, of --dataset_name)").add_argument
-    add("--dataset_split", default=DEFAULTS["dataset_split"], metavar="NAME", help="of the dataset")
-    add("--streaming", action="store_true", help="read the dataset as it is needed, without downloading it first")
-    add("--image_column", default=DEFAULTS["image_column"], metavar="NAME", help="of the dataset")
-    add("--center_crop", action="store_true", help="crop images to their middle; by default anywhere")
-    add("--random_flip", action="store_true", help="mirror every other image")
+    flag = {"action": "store_true", "default": None}
+    add("--dataset_split", metavar="NAME", help="of the dataset (default: train)")
+    add("--streaming", **flag, help="read the dataset as it is needed, without downloading it first")
+    add("--image_column", metavar="NAME", help="of the dataset (default: image)")
+    add("--center_crop", **flag, help="crop images to their middle; by default anywhere")
+    add("--random_flip", **flag, help="mirror every other image")
     add(
         "--images_per_part",
         type=int,
@@ -42,16 +43,19 @@ def add_image_arguments(parser) -> None:
 
 
 def check_image_arguments(args) -> None:
-    """Refuse arguments of `add_image_arguments` that cannot be meant, before anything long starts.
+    """Fill in the defaults of `add_image_arguments` where there is an adversarial stage, in place.
 
     Raises:
         UserError: they are given without `--adversarial`, or that without a dataset; a part is smaller than an update.
     """
-    given = [f"--{name}" for name, default in DEFAULTS.items() if getattr(args, name) != default]
     if not args.adversarial:
-        if given:
-            raise UserError(f"{given[0]} is of the images of --adversarial: give that too, or leave it out.")
+        for name in DEFAULTS:
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is of the images of --adversarial: give that too, or leave it out.")
         return
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if not args.dataset_name:
         raise UserError("--adversarial needs images with captions: name a text-image set with --dataset_name.")
     update = args.train_batch_size * args.gradient_accumulation_steps
