@@ -352,7 +352,7 @@ def test_opening_images(tmp_path):
         ({"bytes": None, "path": None}, "it is missing"),
         (str(tmp_path / "gone.png"), "it is missing"),
         (str(tmp_path), "Is a directory"),
-        (path.read_bytes()[:60], ""),
+        (path.read_bytes()[:60], "."),
         (3, "it is missing"),
     ):
         with pytest.raises(UnusableImage, match=reason):
@@ -403,10 +403,11 @@ def test_arguments():
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """The benchmark, shortened: 31 MB of JPEG files, 74 MB of pixels; a reader that kept either would be seen."""
-    command = [ROOT / "benchmarks/images.py", "--forms", "webdataset", "--images", 1600, "--images_per_part", 200]
+    """The benchmark, shortened. From the second part to the last, the JPEG files that are read are 9 MB, the pictures
+    37 MB: a reader that kept either would be seen."""
+    command = [ROOT / "benchmarks/images.py", "--forms", "webdataset", "--images", 1000, "--images_per_part", 125]
     run_command(*command, "--output_file", tmp_path / "images.json")
     (result,) = json.loads((tmp_path / "images.json").read_text())
-    assert result["usable"] == 1584 and result["skipped"] == 16 and result["resumes_exactly"] is True
+    assert result["usable"] == 990 and result["skipped"] == 10 and result["resumes_exactly"] is True
     memory = result["resident_megabytes_by_part"]
-    assert len(memory) >= 7 and result["megabytes"] > 18 and max(memory[2:]) - memory[1] < 8
+    assert len(memory) >= 7 and result["megabytes"] > 12 and max(memory[2:]) - memory[1] < 5
