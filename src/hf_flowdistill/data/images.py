@@ -214,7 +214,9 @@ class ImagePairs:
         first, found = self.state["row"] // self._rows_per_shard, {}
         if self._rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-        with self._lock() if self._rank == 0 else contextlib.nullcontext():
+        # several runs can share what is kept, one after the other adding to it
+        lock = self._alone() if self._images_per_part else one_run_at_a_time(self._root, "image")
+        with lock if self._rank == 0 else contextlib.nullcontext():
             if self._rank == 0:
                 claim(self._root, self._key, "image", "VAE, size or data", "--image_cache_dir")
                 self.folder.mkdir(exist_ok=True)
@@ -344,11 +346,9 @@ class ImagePairs:
             "names all): choose other columns or another dataset."
         )
 
-    def _lock(self):
-        """Several runs may share what is kept, one after the other adding to it. What is deleted after use is one
-        run's alone, until its process ends."""
-        if self._images_per_part is None:
-            return one_run_at_a_time(self._root, "image")
+    @contextlib.contextmanager
+    def _alone(self):
+        """Hold a folder in which parts are deleted: it is one run's, until its process ends or fails."""
         lock = FileLock(self._root / ".lock", is_singleton=True)
         try:
             if not lock.is_locked:
@@ -358,4 +358,8 @@ class ImagePairs:
                 f"another run uses the image cache {self._root} and deletes there: give another --image_cache_dir."
             ) from None
         self._held = lock
-        return contextlib.nullcontext()
+        try:
+            yield
+        except BaseException:
+            lock.release(force=True)
+            raise
