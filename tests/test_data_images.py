@@ -273,7 +273,7 @@ def test_a_folder_where_another_run_deletes(start, tmp_path):
 
 
 def test_a_disk_that_is_not_shared(start, monkeypatch):
-    monkeypatch.setattr("hf_flowdistill.data.images.write_shard", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_flowdistill.data.image_shards.write_shard", lambda *args, **kwargs: None)
     with pytest.raises(UserError, match="put it on a disk that all machines share"):
         start().move_to(0)
 

@@ -28,9 +28,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,59 +36,19 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_flowdistill.data.image_dataset import (
-    ImageDataset,
-    UnusableImage,
-    fit_image,
-    image_name,
-    open_image,
-    row_seed,
-    usable_caption,
-)
-from hf_flowdistill.data.shards import (
-    check_shard,
-    claim,
-    clear_unfinished,
-    corrupt,
-    json_digest,
-    one_run_at_a_time,
-    read_about,
-    write_shard,
-)
+from hf_flowdistill.data.image_dataset import ImageDataset
+from hf_flowdistill.data.image_shards import ImageShards, Shard
+from hf_flowdistill.data.shards import check_shard, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import weights_digest
 from hf_flowdistill.teachers.encode import ImageEncoder
 from hf_flowdistill.training.distributed import stream_seed
 
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_BATCH = 8
-ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of the batch
+ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of `image_shards.IMAGES_PER_BATCH`
 SHARDS_PER_ROUND = 8  # of each process, between two looks at what all have written
 SKIPPED_FILE = "skipped.jsonl"
-
-
-def image_encoder_key(encoder: ImageEncoder) -> dict[str, Any]:
-    """Everything that an image's latents depend on besides the image, as JSON."""
-    layout = [tensor.tolist() for tensor in (encoder.source, encoder.scale, encoder.shift)]
-    return {
-        "vae": type(encoder.vae).__name__,
-        "vae_weights": weights_digest(encoder.vae),
-        "vae_dtype": str(next(encoder.vae.parameters()).dtype),
-        "size": [encoder.height, encoder.width],
-        "layout": json_digest([encoder.mode, encoder.latent_shape, encoder.vae_shape, *layout])[:16],
-    }
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """`ROWS_PER_SHARD` rows of the data: what of them can be used. `last` says that the data ends in it."""
-
-    path: Path
-    captions: list[str]
-    skipped: list[list]  # number of the row, name, reason
-    last: bool
 
 
 class ImagePairs:
@@ -133,23 +91,19 @@ class ImagePairs:
         """
         self.captions: list[str] = []
         self.state = state or {"first": 0, "row": 0}
-        self._root, self._dataset, self._encoder, self._seed = Path(folder), dataset, encoder, seed
+        self._root, self._data, self._seed = Path(folder), dataset.name, seed
         self._images_per_part = images_per_part
-        # so that filling up the last one adds an eighth to a part at most
-        self._rows_per_shard = max(1, min(ROWS_PER_SHARD, (images_per_part or 8 * ROWS_PER_SHARD) // 8))
-        self._fit = functools.partial(
-            fit_image, height=encoder.height, width=encoder.width, center_crop=center_crop, random_flip=random_flip
-        )
         self._rank, self._world_size, self._wait = rank, world_size, wait
-        self._key = {
-            **image_encoder_key(encoder),
-            "data": dataset.identity,
-            "crop": "center" if center_crop else "random",
-            "random_flip": random_flip,
-            "seed": seed if random_flip or not center_crop else None,
-            "rows_per_shard": self._rows_per_shard,
-            "deleted_after_use": images_per_part is not None,
-        }
+        self._shards = ImageShards(
+            dataset,
+            encoder,
+            # so that filling up the last one adds an eighth to a part at most
+            rows_per_shard=max(1, min(ROWS_PER_SHARD, (images_per_part or 8 * ROWS_PER_SHARD) // 8)),
+            seed=seed,
+            center_crop=center_crop,
+            random_flip=random_flip,
+        )
+        self._key = {**self._shards.key, "deleted_after_use": images_per_part is not None}
         self._places: list[tuple[Path, int]] = []
         self._next_row, self._whole = 0, False
         self._permutation = functools.lru_cache(maxsize=4)(self._draw_permutation)
@@ -211,7 +165,7 @@ class ImagePairs:
 
     def _load(self) -> None:
         """Encode what is missing of the part that `state` names, and read what it has."""
-        first, found = self.state["row"] // self._rows_per_shard, {}
+        first = self.state["row"] // self._shards.rows_per_shard
         if self._rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
         # several runs can share what is kept, one after the other adding to it
@@ -222,7 +176,7 @@ class ImagePairs:
                 self.folder.mkdir(exist_ok=True)
                 clear_unfinished(self.folder)
             self._wait()
-            self._look(found)
+            found = self._shards.find(self.folder)
             for shard in list(found.values())[self._rank :: self._world_size]:
                 check_shard(shard.path)
             self._wait()  # everyone has looked before anyone writes
@@ -238,19 +192,19 @@ class ImagePairs:
         self.captions = [caption for shard in shards for caption in shard.captions]
         self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
         self._permutation.cache_clear()
-        self._next_row = 0 if shards[-1].last else (first + len(shards)) * self._rows_per_shard
+        self._next_row = 0 if shards[-1].last else (first + len(shards)) * self._shards.rows_per_shard
         self._whole = first == 0 and shards[-1].last
 
-    def _encode_missing(self, first: int, found: dict[int, _Shard]) -> list[_Shard]:
+    def _encode_missing(self, first: int, found: dict[int, Shard]) -> list[Shard]:
         """Encode this process's share of what is not in `found`, and return the shards of the part."""
         shards, missing = self._walk(first, found)
         total = self._images_per_part and self._images_per_part // self._world_size
         with tqdm(total=total, unit="image", desc="encoding", disable=self._rank > 0 or not missing) as progress:
             while missing:
                 for number in missing[self._rank :: self._world_size]:
-                    progress.update(self._encode_shard(number))
+                    progress.update(self._shards.encode(self.folder, number, rank=self._rank))
                 self._wait()
-                self._look(found, missing)  # at no others: a faster process may be writing them
+                found |= self._shards.find(self.folder, missing)  # at no others: a faster process may be writing them
                 if not found.keys() >= set(missing):
                     raise UserError(
                         f"the image cache {self._root} does not show this process what others wrote there: put it on "
@@ -259,7 +213,7 @@ class ImagePairs:
                 shards, missing = self._walk(first, found)
         return shards
 
-    def _walk(self, first: int, found: dict[int, _Shard]) -> tuple[list[_Shard], list[int]]:
+    def _walk(self, first: int, found: dict[int, Shard]) -> tuple[list[Shard], list[int]]:
         """The shards from number `first` on until there are enough images, and the numbers of the next missing ones.
 
         A missing one is taken to be full, so that none is encoded that might not be needed.
@@ -275,50 +229,10 @@ class ImagePairs:
                 images += len(found[number].captions)
             else:
                 missing.append(number)
-                images += self._rows_per_shard
+                images += self._shards.rows_per_shard
         return shards, missing
 
-    def _look(self, found: dict[int, _Shard], numbers=None) -> None:
-        """Put the shards that are on the disk, or those of these numbers, into `found`."""
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            number = int("0" + "".join(filter(str.isdigit, path.name.split("-")[1])))
-            if numbers is not None and number not in numbers:
-                continue
-            about = read_about(path, "images")
-            if about.get("key") != json_digest(self._key):
-                raise UserError(f"the shard {path} is foreign, it was not written for these images: take it away.")
-            try:
-                found[number] = _Shard(path, list(about["captions"]), list(about["skipped"]), bool(about["last"]))
-            except (KeyError, TypeError):
-                raise corrupt(path, "it does not say which images it holds") from None
-
-    def _encode_shard(self, number: int) -> int:
-        """Encode and write the shard with this number; how many images it has."""
-        captions, skipped, latents, batch, rows = [], [], [], [], 0
-        for row, image, caption in self._dataset.rows(number * self._rows_per_shard, self._rows_per_shard):
-            rows += 1
-            try:
-                text = usable_caption(caption)
-                batch.append(self._fit(open_image(image), seed=row_seed(self._seed, row)))
-                captions.append(text)
-            except UnusableImage as error:
-                skipped.append([row, image_name(image), str(error)])
-            if len(batch) == IMAGES_PER_BATCH:
-                latents.append(self._encoder(batch))
-                batch = []
-        if batch:
-            latents.append(self._encoder(batch))
-        about = {"captions": captions, "skipped": skipped, "last": rows < self._rows_per_shard}
-        write_shard(
-            self.folder,
-            {"latents": torch.cat(latents)} if latents else {},
-            {"images": json.dumps({"key": json_digest(self._key), **about})},
-            prefix=f"shard-{number:08}",
-            unfinished=f"unfinished-{self._rank}.tmp",
-        )
-        return len(captions)
-
-    def _tell_skipped(self, shards: list[_Shard]) -> None:
+    def _tell_skipped(self, shards: list[Shard]) -> None:
         """Add what these shards left out to the file of all that was left out, and say so."""
         skipped = [entry for shard in shards for entry in shard.skipped]
         if not skipped:
@@ -330,19 +244,17 @@ class ImagePairs:
             appended.writelines(f"{line}\n" for line in lines if line not in known)
         used, (row, name, reason) = sum(len(shard.captions) for shard in shards), skipped[0]
         logger.warning(
-            f"{len(skipped)} of {used + len(skipped)} images of the dataset {self._dataset.name} are skipped, which "
+            f"{len(skipped)} of {used + len(skipped)} images of the dataset {self._data} are skipped, which "
             f"{file} names; the first is row {row}{f', {name}' if name else ''}: {reason}"
         )
 
     def _nothing_usable(self) -> UserError:
         file = self._root / SKIPPED_FILE
         if not file.exists():
-            return UserError(
-                f"the dataset {self._dataset.name} has no images: choose another --dataset_name or split."
-            )
+            return UserError(f"the dataset {self._data} has no images: choose another --dataset_name or split.")
         first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
         return UserError(
-            f"no image of the dataset {self._dataset.name} can be used (row {first['row']}: {first['reason']}; {file} "
+            f"no image of the dataset {self._data} can be used (row {first['row']}: {first['reason']}; {file} "
             "names all): choose other columns or another dataset."
         )
 
