@@ -10,13 +10,16 @@ PYTEST_ARGS ?= -n 2
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo shapes-table test quality style setup clean
+.PHONY: demo shapes-table shapes-adversarial test quality style setup clean
 
 demo: $(READY)
 	@$(VENV)/bin/python examples/shapes/demo.py
 
 shapes-table: $(READY)
 	@$(VENV)/bin/python examples/shapes/table.py
+
+shapes-adversarial: $(READY)
+	@$(VENV)/bin/python examples/shapes/adversarial.py
 
 # One thread for each worker: two tests that both take every core are slower than either alone.
 test: $(READY)
@@ -33,7 +36,7 @@ style: $(READY)
 setup: $(READY)
 
 clean:
-	@rm -rf $(VENV) build demo shapes-table .pytest_cache .ruff_cache src/*.egg-info
+	@rm -rf $(VENV) build demo shapes-table shapes-adversarial .pytest_cache .ruff_cache src/*.egg-info
 
 $(READY): setup.cfg setup.py pyproject.toml requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or later is needed, this is %d.%d: choose one with make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

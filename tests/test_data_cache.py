@@ -153,7 +153,7 @@ def test_a_corrupt_shard_is_refused_by_name_and_deleting_it_mends(case, tmp_path
     cached_conditioning(tmp_path, KEY, TEXTS, Encoder())
     whole, victim = contents(tmp_path), shards_in(tmp_path)[1]
     SPOILED[case](victim)
-    with pytest.raises(UserError, match=f"the shard {victim} is corrupt .*: delete it, and its prompts") as error:
+    with pytest.raises(UserError, match=f"the shard {victim} is corrupt .*: delete it, and what it holds is") as error:
         cached_conditioning(tmp_path, KEY, TEXTS, Encoder())
     assert "\n" not in str(error.value)
     victim.unlink()

@@ -54,13 +54,13 @@ GRID_PROMPTS = (
 )
 
 
-def train(run: Path, args, more: list[str]) -> float:
-    """Run the training script, or go on with it, and return its wall-clock minutes."""
+def train(run: Path, args, more: list[str], source=("--prompt_file", HERE / "prompts.txt")) -> float:
+    """Run the training script on the prompts of `source`, or go on with it, and return its wall-clock minutes."""
     command = [
         *(sys.executable, REPOSITORY / "examples" / "score_distillation" / "train_sid_dit.py"),
         *("--config", args.config, "--pretrained_model_name_or_path", Path(args.teacher).resolve()),
         *("--teacher_guidance_scale", args.guidance_scale, "--output_dir", run, "--resume_from_checkpoint", "latest"),
-        *("--prompt_file", HERE / "prompts.txt", *more),
+        *(*source, *more),
     ]
     started = time.time()
     code = subprocess.run([str(word) for word in command]).returncode

@@ -40,15 +40,17 @@ def judge_seed(judge, pipelines, guidance_scale: float, references: list[float])
     return rows
 
 
+def over_seeds(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def summarize(rows: list[dict]) -> str:
     """Rows of several seeds as a Markdown table of means and standard deviations over the seeds."""
     groups = {}
     for row in rows:
         groups.setdefault((row["pipeline"], row.get("num_steps"), row.get("guidance_scale")), []).append(row)
-
-    def over_seeds(values, digits):
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = [["pipeline", "steps", "guidance", "accuracy", "worst category", "FID", "forwards/image"]]
     for (name, num_steps, scale), members in groups.items():
@@ -68,11 +70,18 @@ def summarize(rows: list[dict]) -> str:
     return format_cells(lines)
 
 
-def insert(table: str, document: Path) -> None:
+def check_documents(documents: list[str], marks: tuple[str, str] = MARKS) -> None:
+    """Raise `UserError` unless each of these Markdown files has a place for the table."""
+    for document in documents:
+        if not Path(document).is_file() or any(Path(document).read_text("utf-8").count(mark) != 1 for mark in marks):
+            raise UserError(f"{document} has no place for the table: write a line {marks[0]} and a line {marks[1]}.")
+
+
+def insert(table: str, document: Path, marks: tuple[str, str] = MARKS) -> None:
     """Put the table between the marks of a Markdown file, in place of the one that is there."""
-    before, rest = document.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    document.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    before, rest = document.read_text(encoding="utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
+    document.write_text(f"{before}{marks[0]}\n\n{table}\n\n{marks[1]}{after}", encoding="utf-8")
 
 
 def parse_args():
@@ -101,9 +110,7 @@ def main():
     args, more = parse_args()
     if args.num_prompts < len(CATEGORIES) * 10:
         raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
-    for document in args.documents:
-        if not Path(document).is_file() or any(Path(document).read_text("utf-8").count(mark) != 1 for mark in MARKS):
-            raise UserError(f"{document} has no place for the table: write a line {MARKS[0]} and a line {MARKS[1]}.")
+    check_documents(args.documents)
     silence_libraries()
     rows = []
     for seed in args.seeds:

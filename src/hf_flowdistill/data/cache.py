@@ -12,29 +12,30 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.data.shards import (
+    check_shard,
+    claim,
+    corrupt,
+    json_digest,
+    one_run_at_a_time,
+    read_about,
+    write_shard,
+)
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks import weights_digest
 from hf_flowdistill.teachers.conditioning import Conditioning
-from hf_flowdistill.training.checkpointing import flush
 
-
-logger = logging.getLogger(__name__)
 
 PROMPTS_PER_BATCH = 16
 PROMPTS_PER_SHARD = 64  # what a crash can cost each process; a multiple of the batch
-INDEX_FILE = "index.json"
 TOKENIZED = "A photo of 2 CATS (8k), naïve café — 猫 🐈\n  don't"
 
 
@@ -110,18 +111,17 @@ def cached_conditioning(
     folder, names = Path(folder), [_text_digest(role, text) for text in texts]
     wanted = dict(zip(names, texts))
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_run_at_a_time(folder) if rank == 0 else contextlib.nullcontext():
+    with one_run_at_a_time(folder, "conditioning") if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            _claim(folder, key)
+            claim(folder, key, "conditioning", "encoder", "--conditioning_cache_dir")
         wait()
-        found, holding = _find(folder, _digest(key), wanted)
+        found, holding = _find(folder, json_digest(key), wanted)
         for path in holding[rank::world_size]:
-            if path.name != f"shard-{_file_digest(path)}.safetensors":
-                raise _corrupt(path, "its bytes do not have the checksum in its name")
+            check_shard(path)
         wait()  # everyone has looked before anyone writes
-        _encode_share(folder, _digest(key), wanted, found, encode, rank, world_size)
+        _encode_share(folder, json_digest(key), wanted, found, encode, rank, world_size)
         wait()
-        found, holding = _find(folder, _digest(key), wanted)
+        found, holding = _find(folder, json_digest(key), wanted)
     if len(found) < len(wanted):
         raise UserError(
             f"the conditioning cache {folder} does not show this process what others wrote there: put it on a disk "
@@ -149,60 +149,19 @@ def _encode_share(folder, key, wanted, found, encode, rank, world_size) -> None:
             _write(folder, key, block, rows, unfinished=f"unfinished-{rank}.tmp")
 
 
-@contextlib.contextmanager
-def _one_run_at_a_time(folder: Path):
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning(f"another run is adding to the conditioning cache {folder}: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _claim(folder: Path, key: dict[str, Any]) -> None:
-    """Make `folder` the cache of `key`, or see that it is; clear what a crash left unfinished."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        temporary = folder / "unfinished-index.tmp"
-        temporary.write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, index)
-    try:
-        recorded = json.loads(index.read_text(encoding="utf-8"))
-        differing = [name for name in {**key, **recorded} if recorded.get(name) != key.get(name)]
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{index} is not the index of a conditioning cache: choose another folder.") from None
-    if differing:
-        raise UserError(
-            f"the conditioning cache {folder} is from another encoder, which differs in {', '.join(differing)}: "
-            "give another --conditioning_cache_dir."
-        )
-    for pattern in ("unfinished-*.tmp", ".tmp*"):  # the latter is what safetensors writes before it renames
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
 def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tuple[Path, int]], list[Path]]:
     """Where (shard, row) those `wanted` texts are that are there already, and the shards that hold any."""
     found, holding = {}, []
     for path in sorted(folder.glob("shard-*.safetensors")):
-        try:
-            with safe_open(path, "pt") as shard:
-                about = json.loads((shard.metadata() or {}).get("conditioning", "{}"))
-                written_for, texts = about.get("key"), about.get("texts")
-        except (OSError, ValueError, AttributeError, SafetensorError) as error:
-            raise _corrupt(path, first_line(error)) from None
-        if written_for != key:
+        about = read_about(path, "conditioning")
+        texts = about.get("texts")
+        if about.get("key") != key:
             raise UserError(
                 f"the shard {path} is foreign, it was not written by this encoder: take it away, or give another "
                 "--conditioning_cache_dir."
             )
         if not isinstance(texts, list):
-            raise _corrupt(path, "it does not say which prompts it holds")
+            raise corrupt(path, "it does not say which prompts it holds")
         rows = {name: (path, row) for row, name in enumerate(texts) if name in wanted}
         if rows:
             holding.append(path)
@@ -212,12 +171,9 @@ def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tup
 
 def _write(folder: Path, key: str, names: list[str], rows: list[Conditioning], *, unfinished: str) -> None:
     """One shard, whole or not at all. Rows are tensors of their own, because their lengths may differ."""
-    path = folder / unfinished
     tensors = {f"{i}.{name}": tensor.clone() for i, row in enumerate(rows) for name, tensor in row.tensors.items()}
-    save_file(tensors, path, metadata={"conditioning": json.dumps({"key": key, "texts": names})})
-    flush(path)
-    os.replace(path, folder / f"shard-{_file_digest(path)}.safetensors")
-    flush(folder)
+    about = {"conditioning": json.dumps({"key": key, "texts": names})}
+    write_shard(folder, tensors, about, unfinished=unfinished)
 
 
 def _read_row(path: Path, row: int) -> Conditioning:
@@ -227,24 +183,8 @@ def _read_row(path: Path, row: int) -> Conditioning:
         return Conditioning({name.removeprefix(prefix): shard.get_tensor(name) for name in names})
 
 
-def _corrupt(path: Path, reason: str) -> UserError:
-    return UserError(f"the shard {path} is corrupt ({reason}): delete it, and its prompts are encoded again.")
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()[:32]
-
-
 def _text_digest(role: str, text: str) -> str:
     return hashlib.sha256(f"{role}\0{text}".encode()).hexdigest()[:32]
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _source_digest(cls: type) -> str:
@@ -271,4 +211,4 @@ def _component_digest(component) -> str:
         "chat_template": getattr(component, "chat_template", None),
         "model_max_length": tokenizer.model_max_length,
     }
-    return _digest(parts)[:16]
+    return json_digest(parts)[:16]

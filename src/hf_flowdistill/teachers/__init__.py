@@ -12,6 +12,7 @@ from hf_flowdistill.teachers.conditioning import (
 )
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.decode import decode
+from hf_flowdistill.teachers.encode import ImageEncoder, learn_image_encoder
 from hf_flowdistill.teachers.learning import learn_contract
 from hf_flowdistill.teachers.watch import check_flow_matching
 
@@ -19,6 +20,7 @@ from hf_flowdistill.teachers.watch import check_flow_matching
 __all__ = [
     "Conditioning",
     "Contract",
+    "ImageEncoder",
     "bytes_per_prompt",
     "check_flow_matching",
     "decode",
@@ -28,4 +30,5 @@ __all__ = [
     "first_alike",
     "learn_contract",
     "learn_contracts",
+    "learn_image_encoder",
 ]

@@ -1,0 +1,188 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Go on with a shapes student on images, of its teacher's style and of another, and tabulate what becomes of it.
+
+    make shapes-adversarial     # after make demo, whose student it goes on with
+
+Three stages for each seed: on renders as the teacher has learned to draw; on posters, the same kind of scenes in
+another style; and on renders with the adversarial term switched off, which tells what training on alone does. The
+students before and after are judged on fresh prompts: by the detector, and by the FID to renders and to posters. A
+student that drifts to the style of the images comes closer to the posters and leaves the renders.
+
+Writes images/ and seed-N/ (the trainings, and their rows) in --output_dir, all rows to --results, and their means and
+standard deviations as a table into the --documents, between two marked lines. Run again after an interruption, it goes
+on where it stopped. Other arguments are those of train_sid_dit.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from demo import CALL, HERE, REPOSITORY, Judge, train
+from detector import accuracy
+from features import FeatureNetwork
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.evaluation.fid import FID
+from hf_flowdistill.evaluation.generate import generate
+from hf_flowdistill.evaluation.report import format_cells, row, save_report
+from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.training.arguments import silence_libraries
+from image_set import STYLES, write_image_set
+from scenes import CATEGORIES, place, render
+from table import check_documents, insert, over_seeds
+
+
+MARKS = ("<!-- table of `make shapes-adversarial` -->", "<!-- end of that table -->")
+STAGES = {  # name -> style of the images, more arguments of the training
+    "on renders": ("own", []),
+    "on posters": ("poster", []),
+    "without the adversarial term": ("own", ["--adversarial_weight", "0"]),
+}
+
+
+def image_folder(output: Path, style: str, images: int) -> Path:
+    """A folder with pictures of this style, drawn unless it is there; an unfinished one has another name."""
+    folder = output / "images" / f"{style}-{images}"
+    if not folder.exists():
+        unfinished = folder.with_name(f"unfinished-{folder.name}-{os.getpid()}")
+        write_image_set(unfinished, style, images, seed=1)
+        unfinished.rename(folder)
+    return folder
+
+
+def draw_like(style: str, scenes, seed: int) -> torch.Tensor:
+    """One picture in this style of each scene, [N, 3, SIZE, SIZE] in [0, 1]."""
+    rng = random.Random(seed)
+    return torch.stack([STYLES[style](place(scene, rng), rng) for scene in scenes])
+
+
+class StyleJudge(Judge):
+    """A `Judge` that measures the distance to posters too."""
+
+    def __init__(self, count: int, seed: int):
+        super().__init__(count, seed)
+        posters = draw_like("poster", self.scenes * 2, seed + 2)
+        self.fid_posters = FID(FeatureNetwork.load(HERE / "features.safetensors"), posters)
+
+    def pictures(self, name: str, pictures: torch.Tensor) -> dict:
+        """A row for pictures of the prompts."""
+        right, by_category = accuracy(self.scenes, pictures)
+        fids = {"fid": self.fid(pictures), "fid_posters": self.fid_posters(pictures)}
+        return {"pipeline": name, "accuracy": right, "accuracy_by_category": by_category, **fids}
+
+    def __call__(self, name, pipeline, num_steps, guidance_scale):
+        generated = generate(
+            pipeline, self.prompts, num_steps=num_steps, guidance_scale=guidance_scale, seed=self.seed, **CALL
+        )
+        judged = self.pictures(name, generated.images)
+        fid_posters, fid = judged["fid_posters"], judged["fid"]
+        right = judged["accuracy"], judged["accuracy_by_category"]
+        return row(name, num_steps, guidance_scale, generated, *right, fid) | {"fid_posters": fid_posters}
+
+
+def load_student(folder: Path):
+    return few_step_pipeline(DiffusionPipeline.from_pretrained(folder), read_settings(folder))
+
+
+def judge_seed(judge: StyleJudge, teacher: str, guidance_scale: float, students: dict[str, Path]) -> list[dict]:
+    """The rows of one seed: real pictures of both styles, the teacher, the students."""
+    rows = [
+        judge.pictures("renders", render(judge.scenes, random.Random(judge.seed + 1))),
+        judge.pictures("posters", draw_like("poster", judge.scenes, judge.seed + 3)),
+        judge("teacher", DiffusionPipeline.from_pretrained(teacher), 28, guidance_scale),
+    ]
+    for name, folder in students.items():
+        rows.append(judge(name, load_student(folder), 4, 1.0))
+        figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
+        print(f"  {name}: {figures}, to posters {rows[-1]['fid_posters']:.1f}", flush=True)
+    return rows
+
+
+def summarize(rows: list[dict]) -> str:
+    """Rows of several seeds as a Markdown table of means and standard deviations over the seeds."""
+    groups = {}
+    for one in rows:
+        groups.setdefault(one["pipeline"], []).append(one)
+    lines = [["pictures of", "accuracy", *CATEGORIES, "FID to renders", "FID to posters"]]
+    for name, members in groups.items():
+        lines.append(
+            [
+                name,
+                over_seeds([m["accuracy"] for m in members], 3),
+                *(f"{statistics.mean(m['accuracy_by_category'][c] for m in members):.2f}" for c in CATEGORIES),
+                over_seeds([m["fid"] for m in members], 1),
+                over_seeds([m["fid_posters"] for m in members], 1),
+            ]
+        )
+    return format_cells(lines)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="demo/run/student", help="to go on with; may contain {seed}")
+    parser.add_argument("--output_dir", default="shapes-adversarial", help="default: shapes-adversarial")
+    parser.add_argument(
+        "--results", default=str(REPOSITORY / "docs/results/adversarial.json"), help="file of all rows"
+    )
+    parser.add_argument(
+        "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    parser.add_argument("--images", type=int, default=6000, help="in each image set")
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser.add_argument("--config", default=str(HERE / "recipe_adversarial.yaml"), help="of train_sid_dit.py")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
+    return parser.parse_known_args()
+
+
+def main():
+    args, more = parse_args()
+    if args.num_prompts < len(CATEGORIES) * 10:
+        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    if args.images < 1:
+        raise UserError(f"--images is {args.images}: it must be at least 1.")
+    students = {seed: Path(args.student.replace("{seed}", str(seed))).resolve() for seed in args.seeds}
+    for student in students.values():
+        if not (student / "model_index.json").is_file():
+            raise UserError(f"{student} is no student: `make demo` makes one, or name another with --student.")
+    check_documents(args.documents, MARKS)
+    silence_libraries()
+    output, rows = Path(args.output_dir).resolve(), []
+    for seed, student in students.items():
+        folder, after = output / f"seed-{seed}", {}
+        for name in args.stages:
+            style, settings = STAGES[name]
+            images = image_folder(output, style, args.images)
+            run = folder / name.replace(" ", "-")
+            source = ["--adversarial", "--student_model_name_or_path", student, "--dataset_name", images]
+            source += ["--image_column", "image", "--caption_column", "text"]
+            minutes = train(run, args, [*settings, *more, "--seed", str(seed)], source)
+            print(f"seed {seed}, {name}: {minutes:.1f} minutes", flush=True)
+            after[f"student, {name}"] = run / "student"
+        settings = {"num_prompts": args.num_prompts, "stages": args.stages, "student": str(student)}
+        judged = folder / "report.json"
+        report = json.loads(judged.read_text()) if judged.exists() else {}
+        if report.get("settings") != settings:
+            print(f"seed {seed}: judging {args.num_prompts} fresh prompts ...", flush=True)
+            judge = StyleJudge(args.num_prompts, 4052 + seed)
+            judged_rows = judge_seed(judge, args.teacher, args.guidance_scale, {"student, before": student, **after})
+            report = {"settings": settings, "rows": judged_rows}
+            judged.write_text(json.dumps(report))
+        rows += [one | {"seed": seed} for one in report["rows"]]
+    save_report(rows, args.results)
+    table = summarize(rows)
+    for document in args.documents:
+        insert(table, Path(document), MARKS)
+    print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()

@@ -1,0 +1,193 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Text-image sets of the datasets library, row by row, and one picture of them as a training uses it."""
+
+import io
+import itertools
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hf_flowdistill.data.shards import json_digest
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.training.distributed import stream_seed
+
+
+class UnusableImage(ValueError):
+    """An image or a caption that is left out; the message says why."""
+
+
+class ImageDataset:
+    """The rows of a text-image set, in their own order. Pictures are not decoded, and nothing is kept in memory.
+
+    Attributes:
+        name: for messages.
+        identity: what the rows depend on, as JSON: which files, in which version.
+    """
+
+    def __init__(self, name: str, rows, image_column: str, caption_column: str, identity: dict[str, Any]):
+        self.name = name
+        self.identity = identity
+        self._rows = rows
+        self._columns = image_column, caption_column
+        self._stream, self._position = None, 0
+
+    def rows(self, start: int, count: int) -> Iterator[tuple[int, Any, Any]]:
+        """(number, image, caption) of the rows `start` to `start + count`, or to the end of the data.
+
+        A stream is read on from where it is; going back, and starting late, read everything before again.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
+        try:
+            for number, row in zip(range(start, start + count), self._read(start, count)):
+                image, caption = (row[column] for column in self._columns)
+                yield number, image, caption
+        except UserError:
+            raise
+        except Exception as error:  # of the many kinds that files, archives and the Hub have
+            raise UserError(f"the dataset {self.name} cannot be read: {first_line(error)}") from error
+
+    def _read(self, start: int, count: int) -> Iterator[dict]:
+        if hasattr(self._rows, "__len__"):
+            return (self._rows[number] for number in range(start, min(start + count, len(self._rows))))
+        if self._stream is None or start < self._position:
+            self._stream, self._position = iter(self._rows), 0
+        next(itertools.islice(self._stream, start - self._position, start - self._position), None)
+        self._position = start + count
+        return itertools.islice(self._stream, count)
+
+
+def open_dataset(
+    name: str,
+    config: str | None = None,
+    *,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "text",
+    streaming: bool = False,
+) -> ImageDataset:
+    """A text-image set: a Hub id, or a folder of images and their metadata.csv, of parquet files or of webdatasets.
+
+    Args:
+        streaming: read it as it is needed, without downloading or converting it as a whole first.
+
+    Raises:
+        UserError: if the dataset cannot be read, or has no such columns.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+        if streaming:
+            rows = builder.as_streaming_dataset(split=split)
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
+        columns = rows.column_names or list(next(iter(rows), {}))
+        for column, argument in ((image_column, "--image_column"), (caption_column, "--caption_column")):
+            if column not in columns:
+                among = ", ".join(map(str, columns))
+                raise UserError(f"the dataset {name} has no column {column}: choose {argument} among {among}.")
+        if isinstance((rows.features or {}).get(image_column), datasets.Image):
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        rows = rows.select_columns([image_column, caption_column])
+        files = (builder.config.data_files or {}).get(split.partition("[")[0], [])
+        versions = list(zip(map(os.path.basename, files), getattr(files, "origin_metadata", [])))
+    except UserError:
+        raise
+    except Exception as error:  # of the many kinds that files, archives and the Hub have
+        raise UserError(f"the dataset {name} cannot be read: {first_line(error)}") from error
+    identity = {
+        "config": config,
+        "split": split,
+        "columns": [image_column, caption_column],
+        "files": json_digest(versions)[:16],
+    }
+    return ImageDataset(name, rows, image_column, caption_column, identity)
+
+
+def image_name(image: Any) -> str:
+    """What to call an image that cannot be shown; empty where its file has no name."""
+    return str(image.get("path") or "") if isinstance(image, dict) else image if isinstance(image, str) else ""
+
+
+def usable_caption(caption: Any) -> str:
+    """The caption without the white space around it.
+
+    Raises:
+        UnusableImage: it is blank, or not text.
+    """
+    if caption is not None and not isinstance(caption, str):
+        raise UnusableImage(f"its caption is no text but a {type(caption).__name__}")
+    if not (caption or "").strip():
+        raise UnusableImage("it has no caption")
+    return caption.strip()
+
+
+def open_image(image: Any) -> Image.Image:
+    """A row's image, upright and in RGB: bytes, a path or address, both in a mapping, or a PIL image.
+
+    Raises:
+        UnusableImage: it is missing or broken.
+    """
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
+    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
+    if data is None:
+        data = _read_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which is not used
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # of the many kinds that PIL's readers have
+        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UnusableImage(reason) from error
+
+
+def _read_file(path) -> bytes:
+    if not path:
+        raise UnusableImage("it is missing")
+    try:
+        with fsspec.open(str(path), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UnusableImage("it is missing") from None
+    except OSError as error:
+        if "://" in str(path):  # a connection that fails is not the image's fault
+            raise
+        raise UnusableImage(first_line(error)) from error
+
+
+def fit_image(
+    image: Image.Image, height: int, width: int, *, center_crop: bool, random_flip: bool, seed
+) -> Image.Image:
+    """The image with its shorter side resized to `height` or `width`, and the rest cropped, as diffusers' scripts do.
+
+    Args:
+        center_crop: crop to the middle, otherwise anywhere.
+        random_flip: mirror every other image.
+        seed: of what is random.
+    """
+    draw = random.Random(seed)
+    centering = draw.random(), draw.random()
+    image = ImageOps.fit(
+        image, (width, height), Image.Resampling.LANCZOS, centering=(0.5, 0.5) if center_crop else centering
+    )
+    return ImageOps.mirror(image) if random_flip and draw.random() < 0.5 else image
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The `seed` of `fit_image` for a row of the data."""
+    return stream_seed(seed, "image", row)
