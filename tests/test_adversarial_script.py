@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from image_sets import write_image_set
 from safetensors.torch import load_file, save_file
 from score_distillation import train_sid_dit
 from stand_in_pairs import open_pairs
@@ -60,6 +61,20 @@ def test_the_stage_goes_through_its_gate(tmp_path):
     assert state["images"] == {"first": 8}
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "SiD-DiT with an adversarial term" in card and "`adversarial_weight` | `0.5`" in card
+
+
+def test_images_are_the_pairs(tmp_path, monkeypatch):
+    """A folder of pictures, one of them broken, in parts; stopped in the middle of one, the same bits come of it."""
+    monkeypatch.undo()
+    columns = write_image_set(tmp_path / "set", "imagefolder", 20, broken={3})
+    data = {"dataset_name": tmp_path / "set", **columns, "images_per_part": 8, **GATE}
+    run_here(*adversarial(tmp_path / "whole", **data, max_train_images=16))
+    run_here(*adversarial(tmp_path / "parts", **data, max_train_images=4))
+    run_here(*adversarial(tmp_path / "parts", **data, max_train_images=16, resume_from_checkpoint="latest"))
+    whole, parts = (networks_in(tmp_path / name / "checkpoint-16") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert len((tmp_path / "whole" / "images" / "skipped.jsonl").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "whole" / "checkpoint-16" / "state.json").read_text())["images"]["first"] > 0
 
 
 def test_a_student_with_a_lora_is_gone_on_with(tmp_path):

@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.adapters import merged, save_lora
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
+from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.features import find_projection
@@ -44,6 +46,7 @@ from hf_flowdistill.networks import (
 from hf_flowdistill.planning import describe_plan
 from hf_flowdistill.rollout import NOISE_TYPES
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
+from hf_flowdistill.teachers.encode import learn_image_encoder
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
@@ -66,6 +69,13 @@ from hf_flowdistill.training.distributed import (
     stream_seed,
 )
 from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.image_arguments import (
+    add_image_arguments,
+    check_image_arguments,
+    dataset_settings,
+    image_cache_dir,
+    pair_settings,
+)
 from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
@@ -116,7 +126,7 @@ FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset
 conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
 gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
-hub_private_repo resolution dry_run images_per_second""".split()
+hub_private_repo resolution dry_run images_per_second image_cache_dir streaming""".split()
 
 
 def parse_args(input_args=None):
@@ -192,6 +202,7 @@ def parse_args(input_args=None):
 
     add_network_arguments(parser)
     add_adversarial_arguments(parser)
+    add_image_arguments(parser)
 
     add = parser.add_argument_group(
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
@@ -272,6 +283,7 @@ def check_args(args):
     check_combinations(args)
     check_network_arguments(args)
     check_adversarial_arguments(args)
+    check_image_arguments(args)
     for names, allowed, holds in ALLOWED:
         for name in names.split():
             value = getattr(args, name)
@@ -513,11 +525,6 @@ def read_training_prompts(args):
 
 def open_pairs(run, state):
     """The text-image pairs; `state` is that of a checkpoint, or None."""
-    from hf_flowdistill.data.image_dataset import open_dataset
-    from hf_flowdistill.data.images import ImagePairs
-    from hf_flowdistill.teachers.encode import learn_image_encoder
-    from hf_flowdistill.training.image_arguments import dataset_settings, image_cache_dir, pair_settings
-
     return ImagePairs(
         image_cache_dir(run.args),
         open_dataset(run.args.dataset_name, **dataset_settings(run.args)),
