@@ -111,7 +111,8 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
     ),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
+        """learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha
+        discriminator_weight""",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),

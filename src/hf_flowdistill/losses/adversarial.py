@@ -18,7 +18,7 @@ LOGIT_LIMIT = 10.0  # beyond it a logit has no gradient
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, elements: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """elements * (BCE(real, 1) + BCE(fake, 0)) / 2, which joins the fake score's regression with weight 1.
+    """elements * (BCE(real, 1) + BCE(fake, 0)) / 2, which joins the fake score's regression.
 
     Args:
         real: [B, ...], logits of real latents with noise; clamped to +-10, like all logits here.

@@ -29,12 +29,14 @@ class AdversarialConfig(sid.SiDConfig):
 
     Attributes:
         discriminator_features: full name of the module whose input the features are; see `features.find_projection`.
+        discriminator_weight: of the discriminator's term in the fake score's loss, beside a regression of weight 1.
         adversarial_weight: of the adversarial term in the generator's loss; that of SiD is 1 less it.
         discriminator_warmup_images: the generator rests before, while the features learn to tell real from fake.
         adversarial_start_images: the generator's loss is SiD's alone before.
     """
 
     discriminator_features: str = "proj_out"
+    discriminator_weight: float = 1.0
     adversarial_weight: float = 0.5
     discriminator_warmup_images: int = 20_000
     adversarial_start_images: int = 40_000
@@ -63,7 +65,7 @@ def adversarial_turns(config: AdversarialConfig, images_seen: int) -> dict[str, 
 
 
 def fake_score_turn(networks: Networks, contract, batch: AdversarialBatch, config: AdversarialConfig):
-    """The loss of `sid.fake_score_turn` plus the discriminator's: (scalar, metrics of detached scalars).
+    """The loss of `sid.fake_score_turn` and the discriminator's, weighted: (scalar, metrics of detached scalars).
 
     Gradient reaches `networks.fake_score` alone. It takes one more pass of it, with `batch.real`, than without.
     """
@@ -85,7 +87,7 @@ def fake_score_turn(networks: Networks, contract, batch: AdversarialBatch, confi
     regression, metrics = fake_score_loss(velocity_fake, x0, batch.noise)
     discrimination, judged = discriminator_loss(real, fake, elements=math.prod(contract.latent_shape))
     made = {f"x0_{name}": value for name, value in x0_statistics(x0).items()}
-    return regression + discrimination, {**metrics, **judged, **made}
+    return regression + config.discriminator_weight * discrimination, {**metrics, **judged, **made}
 
 
 def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config: AdversarialConfig):

@@ -6,6 +6,7 @@ from hf_flowdistill.errors import UserError
 
 
 DEFAULTS = {  # of the authors' release; here, since a run without the stage has none of them
+    "discriminator_weight": 1.0,
     "adversarial_weight": 0.5,
     "discriminator_warmup_images": 20_000,
     "adversarial_start_images": 40_000,
@@ -42,6 +43,12 @@ def add_adversarial_arguments(parser) -> None:
         type=int,
         metavar="IMAGES",
         help="the student is trained by distillation alone before (default: 40000)",
+    )
+    add(
+        "--discriminator_weight",
+        type=float,
+        metavar="X",
+        help="of telling images apart in the fake score's loss, beside its regression, which has 1 (default: 1)",
     )
     add(
         "--adversarial_weight",
