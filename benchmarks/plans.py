@@ -24,6 +24,7 @@ from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries 
 
 
 MACHINES = {1: (24, 80), 8: (80,)}  # GPUs -> GB of each
+SMALL = {"networks": ["lora"], "rank": 16}  # on one GPU besides, for the smallest
 
 
 def main():
@@ -37,16 +38,19 @@ def main():
     found = json.loads(path.read_text()) if path.exists() else {}
     for name in args.teachers:
         size, seconds = {"height": 1024, "width": 1024}, time.process_time()
-        plans = {}
+        plans, teacher = {}, published_teacher(name)
         for gpus, memories in MACHINES.items():
-            choices = list_choices(
-                published_teacher(name), gpus=gpus, memory=0, batch_sizes=args.train_batch_size, **size
-            )
-            for memory in memories:
-                plan = [choice.in_memory(memory * 1e9) for choice in choices]
-                plans[f"{gpus}x{memory}"] = [choice.as_dict() | {"command": None} for choice in plan]
-                print(f"{name} at 1024, {gpus}x{memory} GB\n\n{format_choices(plan)}\n", flush=True)
-        print(f"{name}: {(time.process_time() - seconds) / len(MACHINES):.0f} CPU seconds a plan", flush=True)
+            settings = {"gpus": gpus, "memory": 0, "batch_sizes": args.train_batch_size, **size}
+            plan = {"": list_choices(teacher, **settings)}
+            print(f"{name}: {time.process_time() - seconds:.0f} CPU seconds for a plan", flush=True)
+            if gpus == 1:
+                plan[f", rank {SMALL['rank']}"] = list_choices(teacher, **settings, **SMALL)
+            for more, choices in plan.items():
+                for memory in memories:
+                    there = [choice.in_memory(memory * 1e9) for choice in choices]
+                    plans[f"{gpus}x{memory}{more}"] = [choice.as_dict() | {"command": None} for choice in there]
+                    print(f"{name} at 1024, {gpus}x{memory} GB{more}\n\n{format_choices(there)}\n", flush=True)
+            seconds = time.process_time()
         found[name] = plans
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -26,17 +26,22 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from hf_flowdistill.adapters import merged, save_lora
+from hf_flowdistill.cases import Case, Precision, describe_peak
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
-from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
 from hf_flowdistill.networks import (
+    ROLES,
     Networks,
     check_gradient_checkpointing,
     load_pipeline,
+    modules_of,
     move_all_but_transformer,
+    place_text_encoders,
+    streamed,
     weights_digest,
 )
 from hf_flowdistill.planning import describe_plan
@@ -64,7 +69,13 @@ from hf_flowdistill.training.distributed import (
 )
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
-from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
+from hf_flowdistill.training.optimizers import (
+    LR_SCHEDULES,
+    ROUNDINGS,
+    apply_update,
+    build_optimizer,
+    learning_rate_factor,
+)
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
@@ -196,7 +207,14 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
+    add(
+        "--gradient_checkpointing",
+        nargs="*",
+        choices=ROLES,
+        default=False,
+        metavar="NETWORK",
+        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three",
+    )
     add(
         "--sharding",
         choices=SHARDINGS,
@@ -246,6 +264,8 @@ def parse_args(input_args=None):
     for name in ("fake_guidance_scale", "fake_train_guidance_scale"):
         if getattr(args, name) is None:
             setattr(args, name, args.teacher_guidance_scale)
+    if args.gradient_checkpointing == []:
+        args.gradient_checkpointing = list(ROLES)
     if args.fake_score_learning_rate is None:
         args.fake_score_learning_rate = args.learning_rate
     check_args(args)
@@ -319,11 +339,11 @@ def plan(args, prompts, accelerator):
     if not accelerator.is_main_process:
         return
     processes = args.dry_run or accelerator.num_processes
+    origin = {"revision": args.revision, "cache_dir": args.cache_dir}
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
-            revision=args.revision,
-            cache_dir=args.cache_dir,
+            **origin,
             height=args.height,
             width=args.width,
             aspect_ratio_buckets=args.aspect_ratio_buckets,
@@ -343,6 +363,32 @@ def plan(args, prompts, accelerator):
             images_per_second=args.images_per_second,
         )
     )
+    case = Case(
+        role_settings(args),
+        Precision("", getattr(torch, args.weight_dtype), accelerator.mixed_precision == "bf16"),
+        tuple(args.gradient_checkpointing or ()),
+        args.train_batch_size,
+        cached=args.sharding == "none",
+        share_rollout=args.share_rollout,
+        bf16_rounding=args.bf16_rounding or ROUNDINGS[0],
+        use_8bit_adam=args.use_8bit_adam,
+    )
+    try:
+        lines = describe_peak(
+            args.pretrained_model_name_or_path,
+            case,
+            processes=count_shards(args.sharding, processes),
+            sharding=args.sharding,
+            cpu_offload=args.cpu_offload,
+            height=args.height,
+            width=args.width,
+            guidance_mode=args.guidance_mode,
+            pipeline_kwargs=args.pipeline_kwargs,
+            **origin,
+        )
+    except NotImplementedError as error:
+        lines = [f"its peak is not known without the weights ({first_line(error)})"]
+    print("\n".join(lines))
 
 
 def main(input_args=None):
@@ -392,7 +438,8 @@ def main(input_args=None):
     run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
     run.pipeline = run.sharding.load(functools.partial(load_pipeline, args.pretrained_model_name_or_path, **origin))
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
-    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
+    with on_device(run):
+        contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
@@ -409,15 +456,18 @@ def main(input_args=None):
 
     # ---------------------------------------------------------------- all text before training; its encoders rest then
     run.prompts = PromptStream(prompts, args.seed)
+    place_text_encoders(run.pipeline, accelerator.device)
     encode_buckets(run, contracts)
     move_all_but_transformer(run.pipeline, "cpu" if accelerator.is_main_process else "meta")
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
     if args.gradient_checkpointing:
-        check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
-    run.networks = Networks.from_teacher(teacher, dtype, roles, copy=run.sharding.copy, seed=args.seed)
+        with streamed([teacher], accelerator.device):
+            check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
+    placed = {"copy": run.sharding.copy, "device": accelerator.device if args.sharding == "none" else None}
+    run.networks = Networks.from_teacher(teacher, dtype, roles, **placed, seed=args.seed)
     if args.gradient_checkpointing:
-        run.networks.enable_gradient_checkpointing()
+        run.networks.enable_gradient_checkpointing(args.gradient_checkpointing)
     run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
     run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
     run.saved = {"networks": {**run.networks.trained(), "ema": run.ema.model}, "optimizers": run.optimizers}
@@ -442,6 +492,11 @@ def main(input_args=None):
     if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def on_device(run):
+    """Inside, the pipeline runs on the device, whatever of it waits in main memory."""
+    return streamed(modules_of(run.pipeline).values(), run.accelerator.device)
 
 
 def predict_once(run, network):
@@ -473,7 +528,9 @@ def read_training_prompts(args):
 def encode_buckets(run, contracts):
     """Put contract and conditioning of every image size in `run.buckets`; sizes may share the latter."""
     run.buckets = []
-    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
+    with on_device(run):
+        alike = first_alike(run.pipeline, contracts)
+    for contract, first in zip(contracts, alike):
         run.contract = contract
         encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
         run.buckets.append((contract, *encoded))
@@ -499,13 +556,17 @@ def encode_all(run):
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
-    encode = functools.partial(encode_batch, run.pipeline, run.contract)
+
+    def encode(texts, encode=encode_batch):
+        with on_device(run):
+            return encode(run.pipeline, run.contract, texts)
+
     conditional = cached(run.prompts.distinct, encode)
     # apart, so that changing them on resume cannot touch the last digit of the others
     validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
     unconditional = cached(
         [args.negative_prompt],
-        lambda texts: encode_unconditional(run.pipeline, run.contract, *texts),
+        lambda texts: encode(*texts, encode=encode_unconditional),
         role="negative prompt",
     )
     logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
@@ -691,9 +752,8 @@ def validate(run):
         latents.append(x0)
     if not run.accelerator.is_main_process:
         return
-    move_all_but_transformer(run.pipeline, device)
-    images = decode(run.pipeline, run.contract, torch.cat(latents))
-    move_all_but_transformer(run.pipeline, "cpu")
+    with on_device(run):
+        images = decode(run.pipeline, run.contract, torch.cat(latents))
     sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
     size = f"{run.contract.height}x{run.contract.width}" if args.aspect_ratio_buckets else ""
     monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", size), run.state["images_seen"])
