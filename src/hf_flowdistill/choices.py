@@ -89,6 +89,7 @@ def list_choices(
     batch_sizes: Sequence[int] = (1,),
     networks: Sequence[str] = tuple(BASES),
     rank: int = RoleSettings.rank,
+    checkpointing: Sequence[str] = tuple(CHECKPOINTING),
     guidance_mode: str | None = None,
     pipeline_kwargs: dict | None = None,
     share_rollout: bool = False,
@@ -103,6 +104,7 @@ def list_choices(
         memory: of each accelerator, in bytes.
         batch_sizes: values of `--train_batch_size`.
         networks, rank: values of `--networks`; of the LoRAs on all linear layers of the blocks.
+        checkpointing: keys of `CHECKPOINTING`.
         guidance_mode: of teacher and fake score; by default "embedded" where the transformer embeds a scale, or "cfg".
         pipeline_kwargs: of every call of the teacher's pipeline.
         arguments: more of the command.
@@ -117,34 +119,34 @@ def list_choices(
         path, height=height, width=width, guidance_mode=guidance_mode, pipeline_kwargs=pipeline_kwargs, **origin
     )
     rows = [
-        (name, base, precision, checkpointing, batch_size, cached)
+        (name, base, precision, checkpointed, batch_size, cached)
         for name in networks
         for base, precisions in BASES[name].items()
-        for precision, checkpointing in itertools.product(precisions, CHECKPOINTING)
+        for precision, checkpointed in itertools.product(precisions, checkpointing)
         for batch_size, cached in itertools.product(batch_sizes, (True, False))
         # the script's autocast keeps its copies of weights only where these are whole
         if cached or (precisions[precision].autocast and _shardings(gpus, name, base)[1:])
     ]
     choices = []
-    for name, base, precision, checkpointing, batch_size, cached in progress(rows):
+    for name, base, precision, checkpointed, batch_size, cached in progress(rows):
         settings, roles = BASES[name][base][precision], RoleSettings(name, rank, base_quantization=base)
         shardings = [
             kind for kind in _shardings(gpus, name, base) if not settings.autocast or SHARDINGS[kind].shards != cached
         ]
-        case = Case(roles, settings, CHECKPOINTING[checkpointing], batch_size, cached, share_rollout)
+        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout)
         flags = (
             f"--networks {name}" if name != "full" else "",
             f"--rank {rank}" if name != "full" and rank != RoleSettings.rank else "",
             f"--base_quantization {base}" if base != "none" else "",
             settings.arguments,
             f"--train_batch_size {batch_size}",
-            CHECKPOINTING_ARGUMENTS[checkpointing],
+            CHECKPOINTING_ARGUMENTS[checkpointed],
             "--share_rollout" if share_rollout else "",
             arguments,
         )
         for kind, (peak, begin, waiting) in zip(shardings, case.memory(stage, gpus, shardings)):
             command = _command(path, gpus, " ".join(filter(None, (*flags[:4], SHARDINGS[kind].arguments, *flags[4:]))))
-            choice = Choice(name, base, precision, kind, batch_size, checkpointing, peak, begin, waiting, command)
+            choice = Choice(name, base, precision, kind, batch_size, checkpointed, peak, begin, waiting, command)
             choices.append(choice.in_memory(memory))
     return choices
 
