@@ -340,6 +340,31 @@ def plan(args, prompts, accelerator):
         return
     processes = args.dry_run or accelerator.num_processes
     origin = {"revision": args.revision, "cache_dir": args.cache_dir}
+    largest = max(args.aspect_ratio_buckets or [(args.height, args.width)], key=math.prod)
+    case = Case(
+        role_settings(args),
+        Precision("", getattr(torch, args.weight_dtype), accelerator.mixed_precision == "bf16"),
+        tuple(args.gradient_checkpointing or ()),
+        args.train_batch_size,
+        cached=args.sharding == "none",
+        share_rollout=args.share_rollout,
+        bf16_rounding=args.bf16_rounding or ROUNDINGS[0],
+        use_8bit_adam=args.use_8bit_adam,
+    )
+    try:
+        peak = describe_peak(
+            args.pretrained_model_name_or_path,
+            case,
+            processes=count_shards(args.sharding, processes),
+            sharding=args.sharding,
+            cpu_offload=args.cpu_offload,
+            **dict(zip(("height", "width"), largest)),
+            guidance_mode=args.guidance_mode,
+            pipeline_kwargs=args.pipeline_kwargs,
+            **origin,
+        )
+    except NotImplementedError as error:
+        peak = [f"the peak is not known without the weights ({first_line(error)})"]
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
@@ -361,34 +386,9 @@ def plan(args, prompts, accelerator):
             accumulation=args.gradient_accumulation_steps,
             processes=processes,
             images_per_second=args.images_per_second,
+            peak=peak,
         )
     )
-    case = Case(
-        role_settings(args),
-        Precision("", getattr(torch, args.weight_dtype), accelerator.mixed_precision == "bf16"),
-        tuple(args.gradient_checkpointing or ()),
-        args.train_batch_size,
-        cached=args.sharding == "none",
-        share_rollout=args.share_rollout,
-        bf16_rounding=args.bf16_rounding or ROUNDINGS[0],
-        use_8bit_adam=args.use_8bit_adam,
-    )
-    try:
-        lines = describe_peak(
-            args.pretrained_model_name_or_path,
-            case,
-            processes=count_shards(args.sharding, processes),
-            sharding=args.sharding,
-            cpu_offload=args.cpu_offload,
-            height=args.height,
-            width=args.width,
-            guidance_mode=args.guidance_mode,
-            pipeline_kwargs=args.pipeline_kwargs,
-            **origin,
-        )
-    except NotImplementedError as error:
-        lines = [f"its peak is not known without the weights ({first_line(error)})"]
-    print("\n".join(lines))
 
 
 def main(input_args=None):
