@@ -35,15 +35,16 @@ class MemoryTracker(TorchDispatchMode):
             peak for each of them.
 
     Attributes:
-        peaks: of each view, what the present was called -> its `Peak`.
+        peaks: of each view, (`when`, `place`) at that time -> the `Peak` of it.
         when: what the present is called.
+        place: more of it, which tells peaks apart.
     """
 
     def __init__(self, views: Sequence[Callable[[str], float]] = (lambda component: 1.0,)):
         super().__init__()
         self.views, self.shares = views, {}
         self.live, self.storages = Counter(), {}
-        self.name, self.when = "activations", ""
+        self.name, self.when, self.place = "activations", "", None
         self.totals = [0.0] * len(views)
         self.forget_peaks()
 
@@ -78,7 +79,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._see(storage, name)
 
     def forget_peaks(self) -> None:
-        self.peaks: list[dict[str, Peak]] = [{} for _ in self.views]
+        self.peaks: list[dict[tuple, Peak]] = [{} for _ in self.views]
         self.largest = [Counter() for _ in self.views]
 
     def _see(self, storage, name):
@@ -104,7 +105,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def _look(self):
         for i, total in enumerate(self.totals):
-            if total > self.largest[i][self.when]:
-                self.largest[i][self.when] = total
+            if total > self.largest[i][self.when, self.place]:
+                self.largest[i][self.when, self.place] = total
                 parts = {name: size * self._shares(name)[i] for name, size in self.live.items()}
-                self.peaks[i][self.when] = Peak(self.when, {name: size for name, size in parts.items() if size})
+                self.peaks[i][self.when, self.place] = Peak(
+                    self.when, {name: size for name, size in parts.items() if size}
+                )

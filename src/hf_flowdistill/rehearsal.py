@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_flowdistill.adapters import Role
 from hf_flowdistill.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
-from hf_flowdistill.networks import Networks, sharding_units
+from hf_flowdistill.networks import ROLES, Networks, sharding_units
 from hf_flowdistill.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
@@ -93,8 +93,10 @@ def rehearse(
     foreach: bool | None = None,
     share_rollout: bool = False,
     views: Sequence[Callable[[str], float]] = (lambda component: 1.0,),
-) -> list[dict[str, Peak]]:
+) -> list[dict[tuple, Peak]]:
     """A micro-batch that is not the first, and an update, of both networks: for each view, part of it -> its peak.
+
+    Parts are told apart by the turn, by forward and backward pass and update, and by the last kind of block to start.
 
     So there are moments of Adam and gradients of the network whose turn it is, from the beginning.
 
@@ -123,6 +125,10 @@ def rehearse(
         teacher = networks.teacher  # after the adapters, which are inside where they share it
         with tracker.component("teacher"):
             fill(teacher.shared.transformer if isinstance(teacher, Role) else teacher, mode)
+        for name in ROLES:
+            network = getattr(networks, name)
+            if name == "teacher" or not isinstance(network, Role):  # other roles are on the teacher
+                _note_places(tracker, name, network)
         optimizers = {}
         for name, network in networks.trained().items():
             optimizers[name] = _optimizer(tracker, network, build_optimizer, foreach)
@@ -147,35 +153,55 @@ def rehearse(
     return tracker.peaks
 
 
+def _note_places(tracker, name, network) -> None:
+    """Tell `tracker` which kind of block of the network called `name` starts."""
+
+    def note(row):
+        def hook(block, args):
+            tracker.place = name, row
+
+        return hook
+
+    network = network.shared.transformer if isinstance(network, Role) else network
+    for row, (blocks, start, length) in enumerate(block_rows(network)):
+        for block in blocks[start : start + length]:
+            block.register_forward_pre_hook(note(row))
+
+
 def _mark(network) -> str:
     return LORA if isinstance(network, Role) else ""
+
+
+KEPT = 2  # of blocks in a row that are alike
 
 
 def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> list[Peak]:
     """The peaks of `transformer` for each view, from rehearsals with few of its blocks.
 
-    Of blocks in a row that are alike one is kept, then two: what that adds to every component at the peak of a part of
-    the update, each of the blocks left out adds as well.
+    Of blocks in a row that are alike two are kept, the first and the last, then three: what that adds to every component
+    at the peak of a part of the update, each of the blocks left out adds as well.
 
     Args:
         rehearse_one: transformer -> what `rehearse` returns; called with transformers that it may use up.
     """
     rows = [length for *_, length in block_rows(transformer)]
-    base, added = rehearse_one(shortened(transformer)), []
+    kept = [min(length, KEPT) for length in rows]
+    base, added = rehearse_one(shortened(transformer, kept)), []
     for row, length in enumerate(rows):
-        if length > 1:
-            more = [2 if i == row else 1 for i in range(len(rows))]
-            added.append((length - 1, rehearse_one(shortened(transformer, more))))
+        if length > KEPT:
+            more = [number + (i == row) for i, number in enumerate(kept)]
+            added.append((length - KEPT, rehearse_one(shortened(transformer, more))))
     peaks = []
     for view, parts in enumerate(base):
         whole = []
-        for when, peak in parts.items():
+        for part, peak in parts.items():
             components = dict(peak.components)
             for times, longer in added:
-                for name in components.keys() | longer[view][when].components.keys():
-                    difference = longer[view][when].components.get(name, 0) - peak.components.get(name, 0)
+                other = longer[view][part].components
+                for name in components.keys() | other.keys():
+                    difference = other.get(name, 0) - peak.components.get(name, 0)
                     components[name] = components.get(name, 0) + times * difference
-            whole.append(Peak(when, components))
+            whole.append(Peak(peak.when, components))
         peaks.append(max(whole, key=lambda peak: peak.bytes, default=Peak("", {})))
     return peaks
 

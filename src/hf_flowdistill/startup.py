@@ -87,7 +87,7 @@ def _run(mode, module, function, args, kwargs) -> float:
                 torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), (args, kwargs)
             )
         function(module, *args, **kwargs)
-    peak = tracker.peaks[0].get("")
+    peak = tracker.peaks[0].get(("", None))
     return 0.0 if peak is None else peak.bytes - peak.components.get("weights", 0)
 
 
