@@ -178,8 +178,8 @@ KEPT = 2  # of blocks in a row that are alike
 def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> list[Peak]:
     """The peaks of `transformer` for each view, from rehearsals with few of its blocks.
 
-    Of blocks in a row that are alike two are kept, the first and the last, then three: what that adds to every component
-    at the peak of a part of the update, each of the blocks left out adds as well.
+    Of blocks in a row that are alike two are kept, the first and the last, then three: what that adds to every
+    component at the peak of a part of the update, each of the blocks left out adds as well.
 
     Args:
         rehearse_one: transformer -> what `rehearse` returns; called with transformers that it may use up.
