@@ -34,17 +34,13 @@ from training_helpers import quiet, reset_accelerate  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn  # noqa: E402
-from hf_flowdistill.networks import Networks, load_pipeline  # noqa: E402
+from hf_flowdistill.networks import ROLES, Networks, load_pipeline  # noqa: E402
 from hf_flowdistill.teachers import encode_prompts  # noqa: E402
 from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
 
 
 SHAPES = ROOT / "examples" / "shapes"
-CHECKPOINTED = {
-    "none": (),
-    "generator, fake score": ("generator", "fake_score"),
-    "all three": ("teacher",),
-}  # adding up
+CHECKPOINTED = {"none": (), "generator, fake score": ("generator", "fake_score"), "all three": ROLES}
 TEN_TIMES = {"num_attention_heads": 12, "caption_projection_dim": 384, "num_layers": 7}
 
 
@@ -76,9 +72,8 @@ def count_work(name: str, layers: dict) -> list[dict]:
     with torch.no_grad():
         forward = count_flops(lambda: contract.velocity(networks.teacher, noise, sigma, conditional))
     rows = []
-    for checkpointed, added in CHECKPOINTED.items():
-        for network in added:
-            getattr(networks, network).enable_gradient_checkpointing()
+    for checkpointed, names in CHECKPOINTED.items():  # each with more of them than the one before
+        networks.enable_gradient_checkpointing(names)
         for share_rollout in (False, True):
             flops = statistics.mean(count_flops(functools.partial(iteration, k, share_rollout)) for k in (1, 2, 3, 4))
             settings = {"checkpointed": checkpointed, "share_rollout": share_rollout}

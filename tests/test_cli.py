@@ -5,8 +5,10 @@
 import configparser
 import importlib
 import json
+import shlex
 
 import pytest
+from score_distillation.train_sid_dit import parse_args
 from training_helpers import PIPELINE_KWARGS, ROOT, folder, run_command, saved_teacher
 
 from hf_flowdistill.cli import main
@@ -51,31 +53,47 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
     plan = ("plan", path, "--gpus=2", *words, f"--output_file={file}")
     whole = printed(capsys, *plan, "--memory=80")
     choices = json.loads(file.read_text())
-    assert len(choices) == len([line for line in whole if line.startswith("| full ")]) == 2 * 2 * 3
+    rows = [line for line in whole if line.startswith(("| full ", "| lora ", "| lora_fake "))]
+    of_networks, of_loras, of_quantized = 2 * 3 * 3, 2 * 2 * 3, 2 * 3  # precisions, shardings, checkpointing
+    assert len(choices) == len(rows) == 2 * of_networks + of_loras + of_quantized
     assert all(choice["fits"] for choice in choices)
     commands = [line for line in whole if line.startswith("accelerate launch -q --multi_gpu --num_processes 2 ")]
     assert commands == [choice["command"] for choice in choices]
     assert f"--pretrained_model_name_or_path {path} " in commands[0] and "--mixed_precision bf16" in commands[0]
+    for command in commands:  # each is one that the script takes
+        parse_args(shlex.split(command.partition("train_sid_dit.py ")[2]))
 
-    def find(**wanted):
+    def find(checkpointing, networks="full", base="none", **wanted):
+        wanted |= {"gradient_checkpointing": checkpointing, "networks": networks, "base_quantization": base}
         (choice,) = (c for c in choices if all(c[name] == value for name, value in wanted.items()))
         return choice
 
     for precision in ("AMP", "BF16"):
         none, full, waiting = (
-            find(precision=precision, sharding=sharding, gradient_checkpointing=True)
-            for sharding in ("none", "full", "full, offloaded")
+            find("all", precision=precision, sharding=sharding) for sharding in ("none", "full", "full, offloaded")
         )
         parts, halves = none["peak"]["components"], full["peak"]["components"]
         assert halves["generator"] == parts["generator"] / 2
         assert set(waiting["peak"]["components"]) == {"teacher", "activations", "gathered"}
         assert none["main_memory"] == full["main_memory"] == 0 < waiting["main_memory"]
         assert none["peak_bytes"] == sum(parts.values())
-        saved = find(precision=precision, sharding="none", gradient_checkpointing=False)["peak"]["components"]
-        assert parts["activations"] < saved["activations"]
-    assert find(precision="BF16", sharding="none", gradient_checkpointing=True)["peak"]["components"]["teacher"] == (
-        find(precision="AMP", sharding="none", gradient_checkpointing=True)["peak"]["components"]["teacher"] / 2
+        some = find("generator, fake score", precision=precision, sharding="none")["peak"]["components"]
+        saved = find("none", precision=precision, sharding="none")["peak"]["components"]
+        assert parts["activations"] <= some["activations"] < saved["activations"]
+    half, whole = (find("all", precision=one, sharding="none")["peak"]["components"] for one in ("BF16", "AMP"))
+    assert half["teacher"] == whole["teacher"] / 2
+
+    # adapters are whole in every process, what they are on is not
+    alone, shared = (
+        find("all", "lora", precision="BF16", sharding=sharding)["peak"]["components"] for sharding in ("none", "full")
     )
+    assert alone["teacher"] == half["teacher"] == 2 * shared["teacher"]
+    assert alone["generator (LoRA)"] == shared["generator (LoRA)"]
+    teachers = {base: find("all", "lora", base, sharding="none", precision="BF16") for base in ("8bit", "nf4")}
+    small, smaller = (teachers[base]["peak"]["components"]["teacher"] for base in ("8bit", "nf4"))
+    assert smaller < small < alone["teacher"]
+    mixed = find("all", "lora_fake", precision="BF16", sharding="full, offloaded")["peak"]["components"]
+    assert "fake score (LoRA)" in mixed and "generator" not in mixed
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,8 @@ def test_what_cannot_be_planned_is_one_sentence(words, said, capsys):
 
 
 def test_nothing_fits(capsys):
-    more = "--resolution=32", "--share_rollout", "--pipeline_kwargs", json.dumps({"max_sequence_length": 16})
+    words = "--networks=full --resolution=32 --share_rollout --pipeline_kwargs".split()
+    more = *words, json.dumps({"max_sequence_length": 16})
     lines = printed(capsys, "plan", saved_teacher("stable_diffusion_3"), "--memory=0.0001", *more)
     assert lines[-1] == "Nothing fits."
     assert all(line.endswith(" no |") for line in lines if line.startswith("| full "))

@@ -4,10 +4,18 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
-from training_helpers import quiet, saved_teacher
+from training_helpers import PIPELINE_KWARGS, quiet, saved_teacher
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import Networks, load_pipeline, move_all_but_transformer
+from hf_flowdistill.networks import (
+    Networks,
+    load_pipeline,
+    modules_of,
+    move_all_but_transformer,
+    streamed,
+    weights_digest,
+)
+from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
 
 
 @pytest.fixture
@@ -75,6 +83,12 @@ def test_one_network_trains_at_a_time(networks, name, other):
     assert (trainable(name), trainable(other), trainable("teacher")) == ({True}, {True}, {False})
 
 
+def test_gradient_checkpointing_of_some(networks):
+    networks.enable_gradient_checkpointing(["generator", "fake_score"])
+    flags = (networks.teacher, networks.generator, networks.fake_score)
+    assert [network.is_gradient_checkpointing for network in flags] == [False, True, True]
+
+
 def test_gradient_checkpointing_reaches_all_three(networks):
     networks.enable_gradient_checkpointing()
     for network in (networks.teacher, networks.generator, networks.fake_score):
@@ -86,3 +100,27 @@ def test_moving_leaves_the_transformer():
     move_all_but_transformer(pipeline, "meta")
     assert pipeline.transformer.device.type == "cpu"
     assert {pipeline.vae.device.type, pipeline.text_encoder.device.type} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "sana"])
+def test_weights_that_are_streamed_change_nothing(name, monkeypatch):
+    """What is learned, encoded and decoded with weights that come layer by layer, and the pipeline afterwards."""
+    pipeline = load_pipeline(saved_teacher(name))
+    before = {part: weights_digest(module) for part, module in modules_of(pipeline).items()}
+    settings = {"height": 32, "width": 32, "pipeline_kwargs": PIPELINE_KWARGS.get(name)}
+
+    def run():
+        contract = learn_contract(pipeline, **settings)
+        latents = torch.ones(1, *contract.latent_shape)
+        return contract, encode_prompts(pipeline, contract, ["red circle"]), decode(pipeline, contract, latents, "pt")
+
+    expected = run()
+    monkeypatch.setattr("hf_flowdistill.networks.waits", lambda module, device: True)
+    with streamed(modules_of(pipeline).values(), "cpu"):
+        assert {p.device.type for module in modules_of(pipeline).values() for p in module.parameters()} == {"meta"}
+        contract, conditioning, image = run()
+    assert contract.as_dict() == expected[0].as_dict()
+    for found, wanted in zip(conditioning, expected[1]):
+        assert all(torch.equal(found.tensors[key], wanted.tensors[key]) for key in wanted.tensors)
+    assert torch.equal(image, expected[2])
+    assert {part: weights_digest(module) for part, module in modules_of(pipeline).items()} == before

@@ -5,7 +5,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -163,7 +162,7 @@ LARGE = {  # teacher -> recipe, and what its dry run says of the transformer
 
 @pytest.mark.parametrize("teacher", LARGE)
 def test_a_dry_run_of_a_large_teacher_needs_little(teacher, tmp_path):
-    """By the real launcher: under a minute and 4 GB, nothing written."""
+    """By the real launcher: under a minute of one core and 4 GB, nothing written."""
     recipe, *lines = LARGE[teacher]
     values = {
         "config": RECIPES[recipe],
@@ -174,14 +173,13 @@ def test_a_dry_run_of_a_large_teacher_needs_little(teacher, tmp_path):
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--config_file", CPU, SCRIPT]
     words = [*launch, "--dry_run", *(f"--{name}={value}" for name, value in values.items())]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    start = time.monotonic()
     with open(tmp_path / "printed", "w") as out:
         process = subprocess.Popen(
             [sys.executable, *map(str, words)], env=environment, stdout=out, stderr=subprocess.DEVNULL
         )
         _, status, usage = os.wait4(process.pid, 0)  # of the launcher and of what it has launched
     assert os.waitstatus_to_exitcode(status) == 0
-    assert time.monotonic() - start < 60
+    assert usage.ru_utime + usage.ru_stime < 60  # not on the clock: what else runs on the machine slows it down
     assert usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) < 4e9
     printed = (tmp_path / "printed").read_text().splitlines()
     assert set(lines) <= set(printed) and not any("hours" in line for line in printed)
@@ -193,9 +191,11 @@ def test_a_dry_run_goes_on_where_the_sizes_are_not_known(capsys, monkeypatch):
     def no_values(*args, **kwargs):
         raise NotImplementedError("no values on the meta device")
 
-    monkeypatch.setattr("hf_flowdistill.planning.measure_shapes", no_values)
+    for place in ("planning", "cases"):
+        monkeypatch.setattr(f"hf_flowdistill.{place}.measure_shapes", no_values)
     printed = dry_run(capsys, "sd3_medium_amp", saved_teacher("stable_diffusion_3"))
     assert "image and text: their sizes are not known without the weights (no values on the meta device)" in printed
+    assert "the peak is not known without the weights (no values on the meta device)" in printed
     assert printed[-1].startswith("images: ")
 
 

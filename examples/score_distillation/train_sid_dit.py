@@ -26,21 +26,26 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from hf_flowdistill.adapters import merged, save_lora
+from hf_flowdistill.cases import Case, Precision, describe_peak
 from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
-from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.features import find_projection
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
 from hf_flowdistill.methods.sid_adversarial import AdversarialBatch, AdversarialConfig, adversarial_turns
 from hf_flowdistill.networks import (
+    ROLES,
     Networks,
     check_gradient_checkpointing,
     load_pipeline,
+    modules_of,
     move_all_but_transformer,
+    place_text_encoders,
+    streamed,
     weights_digest,
 )
 from hf_flowdistill.planning import describe_plan
@@ -77,7 +82,13 @@ from hf_flowdistill.training.image_arguments import (
     pair_settings,
 )
 from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
-from hf_flowdistill.training.optimizers import LR_SCHEDULES, apply_update, build_optimizer, learning_rate_factor
+from hf_flowdistill.training.optimizers import (
+    LR_SCHEDULES,
+    ROUNDINGS,
+    apply_update,
+    build_optimizer,
+    learning_rate_factor,
+)
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
 from hf_flowdistill.training.student import check_student, load_student
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
@@ -222,7 +233,14 @@ def parse_args(input_args=None):
     add("--ema_half_life_images", type=int, default=500_000, metavar="IMAGES", help="of the exported average; 0 = off")
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time, in all three networks")
+    add(
+        "--gradient_checkpointing",
+        nargs="*",
+        choices=ROLES,
+        default=False,
+        metavar="NETWORK",
+        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three",
+    )
     add(
         "--sharding",
         choices=SHARDINGS,
@@ -272,6 +290,8 @@ def parse_args(input_args=None):
     for name in ("fake_guidance_scale", "fake_train_guidance_scale"):
         if getattr(args, name) is None:
             setattr(args, name, args.teacher_guidance_scale)
+    if args.gradient_checkpointing == []:
+        args.gradient_checkpointing = list(ROLES)
     if args.fake_score_learning_rate is None:
         args.fake_score_learning_rate = args.learning_rate
     check_args(args)
@@ -350,11 +370,36 @@ def plan(args, prompts, accelerator):
     if not accelerator.is_main_process:
         return
     processes = args.dry_run or accelerator.num_processes
+    origin = {"revision": args.revision, "cache_dir": args.cache_dir}
+    largest = max(args.aspect_ratio_buckets or [(args.height, args.width)], key=math.prod)
+    case = Case(
+        role_settings(args),
+        Precision("", getattr(torch, args.weight_dtype), accelerator.mixed_precision == "bf16"),
+        tuple(args.gradient_checkpointing or ()),
+        args.train_batch_size,
+        cached=args.sharding == "none",
+        share_rollout=args.share_rollout,
+        bf16_rounding=args.bf16_rounding or ROUNDINGS[0],
+        use_8bit_adam=args.use_8bit_adam,
+    )
+    try:
+        peak = describe_peak(
+            args.pretrained_model_name_or_path,
+            case,
+            processes=count_shards(args.sharding, processes),
+            sharding=args.sharding,
+            cpu_offload=args.cpu_offload,
+            **dict(zip(("height", "width"), largest)),
+            guidance_mode=args.guidance_mode,
+            pipeline_kwargs=args.pipeline_kwargs,
+            **origin,
+        )
+    except NotImplementedError as error:
+        peak = [f"the peak is not known without the weights ({first_line(error)})"]
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
-            revision=args.revision,
-            cache_dir=args.cache_dir,
+            **origin,
             height=args.height,
             width=args.width,
             aspect_ratio_buckets=args.aspect_ratio_buckets,
@@ -372,6 +417,7 @@ def plan(args, prompts, accelerator):
             accumulation=args.gradient_accumulation_steps,
             processes=processes,
             images_per_second=args.images_per_second,
+            peak=peak,
         )
     )
 
@@ -425,7 +471,8 @@ def main(input_args=None):
     run.sharding = Sharding(args.sharding, accelerator.device, cpu_offload=args.cpu_offload)
     run.pipeline = run.sharding.load(load)
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
-    contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
+    with on_device(run):
+        contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
@@ -449,10 +496,12 @@ def main(input_args=None):
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
     if args.gradient_checkpointing:
-        check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
-    run.networks = Networks.from_teacher(teacher, dtype, roles, copy=run.sharding.copy, seed=args.seed)
+        with streamed([teacher], accelerator.device):
+            check_gradient_checkpointing(teacher, functools.partial(predict_once, use_bucket(run, 0)))
+    placed = {"copy": run.sharding.copy, "device": accelerator.device if args.sharding == "none" else None}
+    run.networks = Networks.from_teacher(teacher, dtype, roles, **placed, seed=args.seed)
     if args.gradient_checkpointing:
-        run.networks.enable_gradient_checkpointing()
+        run.networks.enable_gradient_checkpointing(args.gradient_checkpointing)
     start_generator(run, checkpoint)
     run.ema = EMA(run.networks.generator, args.ema_half_life_images, copy=run.sharding.copy)
     run.optimizers = {name: build_adam(args, name, network) for name, network in run.networks.trained().items()}
@@ -481,11 +530,17 @@ def main(input_args=None):
     accelerator.end_training()
 
 
+def on_device(run):
+    """Inside, the pipeline runs on the device, whatever of it waits in main memory."""
+    return streamed(modules_of(run.pipeline).values(), run.accelerator.device)
+
+
 def find_features(run):
     """Where the discriminator's features are in the transformer, or a refusal."""
     args = run.args
     if args.adversarial:
-        args.discriminator_features = find_projection(run.pipeline, run.contract, args.discriminator_features)
+        with on_device(run):
+            args.discriminator_features = find_projection(run.pipeline, run.contract, args.discriminator_features)
         logger.info(f"the discriminator's features are the input of {args.discriminator_features}")
 
 
@@ -526,10 +581,13 @@ def read_training_prompts(args):
 
 def open_pairs(run, state):
     """The text-image pairs; `state` is that of a checkpoint, or None."""
+    dataset = open_dataset(run.args.dataset_name, **dataset_settings(run.args))
+    with on_device(run):
+        encoder = learn_image_encoder(run.pipeline, run.contract)
     return ImagePairs(
         image_cache_dir(run.args),
-        open_dataset(run.args.dataset_name, **dataset_settings(run.args)),
-        learn_image_encoder(run.pipeline, run.contract),
+        dataset,
+        encoder,
         **pair_settings(run.args),
         rank=run.accelerator.process_index,
         world_size=run.accelerator.num_processes,
@@ -540,10 +598,13 @@ def open_pairs(run, state):
 
 def take_texts(run, prompts, images_seen):
     """Encode `prompts`, or the pairs that follow `images_seen` images and their captions; all processes together."""
+    device = run.accelerator.device
     if run.pairs is not None:
+        run.pipeline.vae.to(device)
         run.pairs.move_to(images_seen)
         prompts = run.pairs.captions
     run.prompts = PromptStream(prompts, run.args.seed)
+    place_text_encoders(run.pipeline, device)
     encode_buckets(run, run.contracts)
     kept = run.pairs is not None or run.accelerator.is_main_process  # to decode samples, or for the next pairs
     move_all_but_transformer(run.pipeline, "cpu" if kept else "meta")
@@ -555,7 +616,6 @@ def turns_of(run):
         return {"fake_score": fake_score_turn, "generator": generator_turn}
     seen = run.state["images_seen"]
     if run.pairs.is_over(seen):
-        move_all_but_transformer(run.pipeline, run.accelerator.device)
         take_texts(run, None, seen)
     run.state["images"] = run.pairs.state
     return adversarial_turns(run.config, seen)
@@ -564,7 +624,9 @@ def turns_of(run):
 def encode_buckets(run, contracts):
     """Put contract and conditioning of every image size in `run.buckets`; sizes may share the latter."""
     run.buckets = []
-    for contract, first in zip(contracts, first_alike(run.pipeline, contracts)):
+    with on_device(run):
+        alike = first_alike(run.pipeline, contracts)
+    for contract, first in zip(contracts, alike):
         run.contract = contract
         encoded = run.buckets[first][1:] if first < len(run.buckets) else encode_all(run)
         run.buckets.append((contract, *encoded))
@@ -591,13 +653,17 @@ def encode_all(run):
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
-    encode = functools.partial(encode_batch, run.pipeline, run.contract)
+
+    def encode(texts, encode=encode_batch):
+        with on_device(run):
+            return encode(run.pipeline, run.contract, texts)
+
     conditional = cached(run.prompts.distinct, encode)
     # apart, so that changing them on resume cannot touch the last digit of the others
     validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
     unconditional = cached(
         [args.negative_prompt],
-        lambda texts: encode_unconditional(run.pipeline, run.contract, *texts),
+        lambda texts: encode(*texts, encode=encode_unconditional),
         role="negative prompt",
     )
     logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
@@ -799,9 +865,8 @@ def validate(run):
         latents.append(x0)
     if not run.accelerator.is_main_process:
         return
-    move_all_but_transformer(run.pipeline, device)
-    images = decode(run.pipeline, run.contract, torch.cat(latents))
-    move_all_but_transformer(run.pipeline, "cpu")
+    with on_device(run):
+        images = decode(run.pipeline, run.contract, torch.cat(latents))
     sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
     size = f"{run.contract.height}x{run.contract.width}" if args.aspect_ratio_buckets else ""
     monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", size), run.state["images_seen"])

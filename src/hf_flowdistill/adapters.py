@@ -14,6 +14,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_flowdistill.quantized_sizes import QuantizedSizes
+
 
 QUANTIZATIONS = ("none", "8bit", "nf4")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -38,6 +40,7 @@ class SharedBase:
         self.layers: dict[str, torch.nn.Module] = {}
         self.adapters: list[str] = []
         self.active: str | None = None
+        self.checkpointed: set[str | None] = set()
 
     def add(self, adapter: str) -> "Role":
         """A new adapter called `adapter`, off, and the role that has it on."""
@@ -80,11 +83,17 @@ class SharedBase:
             layer._disable_adapters = adapter is None
             layer._active_adapter = [adapter] if adapter else []
 
-    def enable_gradient_checkpointing(self) -> None:
-        """As diffusers' own; what is recomputed in the backward pass has the role of the forward pass."""
+    def enable_gradient_checkpointing(self, adapter: str | None) -> None:
+        """As diffusers' own, in the role with `adapter` on (None: the transformer as it is).
+
+        What is recomputed in the backward pass has the role of the forward pass.
+        """
+        self.checkpointed.add(adapter)
 
         def checkpointed(module, *args):
             adapter = self.active
+            if adapter not in self.checkpointed:
+                return module(*args)
 
             def in_role(*args):
                 with self.role(adapter):
@@ -144,7 +153,7 @@ class Role(torch.nn.Module):
             return transformer(*args, **kwargs)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.shared.enable_gradient_checkpointing()
+        self.shared.enable_gradient_checkpointing(self.adapter_name)
 
     def on(self, transformer) -> "Role":
         """The same role on another transformer with the same layers, which becomes a base."""
@@ -165,13 +174,21 @@ def without_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
-def quantize(transformer, names: list[str], kind: str) -> None:
-    """Replace the linear layers called `names` by frozen ones of bitsandbytes, in place and on their device.
+def quantize(transformer, names: list[str], kind: str, device=None) -> None:
+    """Replace the linear layers called `names` by frozen ones of bitsandbytes, in place.
 
     Args:
         kind: "8bit" (LLM.int8) or "nf4" (NormalFloat of 4 bits, without double quantization). On the CPU too, which
             diffusers' own quantization while loading refuses.
+        device: where they are to be; by default where each of them is. There is never more on it than what is
+            quantized already and one layer as it was.
+
+    Layers on the meta device get the sizes of bitsandbytes' (`QuantizedSizes`).
     """
+    if transformer.device.type == "meta":
+        for name in names:
+            transformer.set_submodule(name, QuantizedSizes(transformer.get_submodule(name), kind))
+        return
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     # a line for every multiplication of float32 or bfloat16 values
@@ -183,14 +200,15 @@ def quantize(transformer, names: list[str], kind: str) -> None:
                 layer = Linear4bit(linear.in_features, linear.out_features, compress_statistics=False)
             else:
                 layer = Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0)
-        device, values = linear.weight.device, linear.weight.detach().cpu()
+        values = linear.weight.detach().cpu()
         if kind == "nf4":
             # the packed layout that it would take under no_grad on some CPUs has no backward pass
             layer.support_avx512bf16_for_cpu = False
             weight = Params4bit(values, quant_type="nf4", compress_statistics=False, module=layer)
         else:
             weight = Int8Params(values, requires_grad=False, has_fp16_weights=False)
-        layer.weight, layer.bias = weight.to(device), linear.bias  # moving is what quantizes
+        layer.weight = weight.to(device or linear.weight.device)  # moving is what quantizes
+        layer.bias = linear.bias
         transformer.set_submodule(name, layer.eval().requires_grad_(False))
     transformer.is_loaded_in_4bit, transformer.is_loaded_in_8bit = kind == "nf4", kind == "8bit"  # peft asks
 

@@ -2,51 +2,41 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Which ways of training a teacher fit on given accelerators: every choice rehearsed, as a table."""
 
-import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import torch
 
+from hf_flowdistill.cases import SHARDINGS, Case, Precision, Stage
 from hf_flowdistill.evaluation.report import format_cells
-from hf_flowdistill.methods.sid import SiDConfig
-from hf_flowdistill.networks import Networks
-from hf_flowdistill.planning import count, sharding_units
-from hf_flowdistill.rehearsal import Peak, embeds_guidance, rehearse, stand_in_contract
-from hf_flowdistill.skeleton import load_skeleton, measure_shapes
-from hf_flowdistill.training.ema import EMA
-from hf_flowdistill.training.optimizers import build_optimizer
+from hf_flowdistill.memory_tracker import Peak
+from hf_flowdistill.networks import ROLES, RoleSettings
+from hf_flowdistill.rehearsal import LORA
+from hf_flowdistill.startup import Start
 
 
-class Precision(NamedTuple):
-    arguments: str
-    dtype: torch.dtype
-    autocast: bool
-
-
-class Sharding(NamedTuple):
-    arguments: str
-    shards: bool
-    offloaded: bool
-
-
-# What can be chosen, and the arguments of the training script for it. Of the networks: what makes them of a
-# transformer without values and its dtype, and their optimizers.
-NETWORKS = {"full": ("", Networks.from_teacher, functools.partial(build_optimizer, rounding="nearest"))}
-PRECISIONS = {
-    "AMP": Precision("--mixed_precision bf16", torch.float32, True),
-    "BF16": Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False),
+# What can be chosen, and the arguments of the training script for it.
+AMP = Precision("--mixed_precision bf16", torch.float32, True)
+BF16 = Precision("--weight_dtype bfloat16", torch.bfloat16, False)
+NEAREST = Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False)
+WHOLE_NETWORKS, QUANTIZED = {"AMP": AMP, "BF16": NEAREST}, {"BF16": BF16}
+BASES = {  # --networks -> base of the adapters -> precisions
+    "full": {"none": WHOLE_NETWORKS},
+    "lora_fake": {"none": WHOLE_NETWORKS},
+    "lora": {"none": {"AMP": AMP, "BF16": BF16}, "8bit": QUANTIZED, "nf4": QUANTIZED},
 }
-CHECKPOINTING = {True: "--gradient_checkpointing", False: ""}
-SHARDINGS = {
-    "none": Sharding("", False, False),
-    "full": Sharding("--sharding full", True, False),
-    "full, offloaded": Sharding("--sharding full --cpu_offload", True, True),
+CHECKPOINTING = {  # by how many networks
+    "all": ROLES,
+    "generator, fake score": ("generator", "fake_score"),
+    "none": (),
 }
-STAYING = ("teacher", "activations")  # on the accelerator, where the rest is offloaded
-WHOLE = ("activations",)  # in every process, where the rest is in shards
+CHECKPOINTING_ARGUMENTS = {
+    "all": "--gradient_checkpointing",
+    "generator, fake score": "--gradient_checkpointing generator fake_score",
+    "none": "",
+}
 SHARE = 0.9  # of the memory; what is no tensor, such as the context and the workspaces of CUDA, has the rest
 
 
@@ -55,30 +45,38 @@ class Choice:
     """One way of training, and what one process takes, in bytes.
 
     Attributes:
+        base_quantization: of the base of the adapters.
+        gradient_checkpointing: of which networks, a key of `CHECKPOINTING`.
         peak: on the accelerator while training, by component.
-        start: on the accelerator before, when the whole pipeline is there in float32 and prompts are encoded.
+        begin: what there is on the accelerator before.
+        start: the most of that, in the memory that there is.
         main_memory: of what is offloaded.
         fits: whether peak and start are within 90 % of the memory.
         command: that runs it.
     """
 
     networks: str
+    base_quantization: str
     precision: str
     sharding: str
     batch_size: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: str
     peak: Peak
-    start: float
+    begin: Start
     main_memory: float
-    fits: bool
     command: str
+    start: float = 0.0
+    fits: bool = False
 
     def in_memory(self, memory: float) -> "Choice":
         """The same on accelerators of `memory` bytes."""
-        return replace(self, fits=max(self.peak.bytes, self.start) <= SHARE * memory)
+        start = self.begin.bytes(memory)
+        return replace(self, start=start, fits=max(self.peak.bytes, start) <= SHARE * memory)
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"peak_bytes": self.peak.bytes}
+        return {name: value for name, value in asdict(self).items() if name != "begin"} | {
+            "peak_bytes": self.peak.bytes
+        }
 
 
 def list_choices(
@@ -89,19 +87,24 @@ def list_choices(
     height: int,
     width: int,
     batch_sizes: Sequence[int] = (1,),
+    networks: Sequence[str] = tuple(BASES),
+    rank: int = RoleSettings.rank,
+    checkpointing: Sequence[str] = tuple(CHECKPOINTING),
     guidance_mode: str | None = None,
     pipeline_kwargs: dict | None = None,
     share_rollout: bool = False,
     arguments: str = "",
-    progress: Callable = lambda choices: choices,
+    progress: Callable = lambda cases: cases,
     **origin,
 ) -> list[Choice]:
-    """Every choice for the teacher at `path`, each rehearsed (`rehearsal.rehearse`).
+    """Every choice for the teacher at `path`, each rehearsed (`rehearsal.rehearse_blocks`).
 
     Args:
         gpus: how many processes, with an accelerator each.
         memory: of each accelerator, in bytes.
         batch_sizes: values of `--train_batch_size`.
+        networks, rank: values of `--networks`; of the LoRAs on all linear layers of the blocks.
+        checkpointing: keys of `CHECKPOINTING`.
         guidance_mode: of teacher and fake score; by default "embedded" where the transformer embeds a scale, or "cfg".
         pipeline_kwargs: of every call of the teacher's pipeline.
         arguments: more of the command.
@@ -112,88 +115,48 @@ def list_choices(
         UserError: as `load_skeleton` and `measure_shapes`.
         NotImplementedError: as `measure_shapes`, or from a network that asks for the values of a tensor.
     """
-    size = {"height": height, "width": width}
-    skeleton = load_skeleton(path, **origin)
-    pipeline_size = sum(sum(count(part)) for part in skeleton.components.values() if isinstance(part, torch.nn.Module))
-    transformer_size = sum(count(skeleton.transformer))
-    shapes = measure_shapes(skeleton, **size, pipeline_kwargs=pipeline_kwargs)
-    contract = stand_in_contract(shapes, **size)
-    mode = guidance_mode or ("embedded" if embeds_guidance(contract) else "cfg")
-    config = SiDConfig(guidance_mode=mode, fake_guidance_mode=mode)
-    # on one process a shard is all of it, so sharding is for offloading only
-    shardings = [name for name, kind in SHARDINGS.items() if gpus > 1 or not kind.shards or kind.offloaded]
-    choices = []
-    for networks, precision, checkpointing, batch_size, cached in progress(
-        [
-            case
-            for case in itertools.product(NETWORKS, PRECISIONS, CHECKPOINTING, batch_sizes, (True, False))
-            if case[-1] or PRECISIONS[case[1]].autocast
-        ]
-    ):
-        (words, make, optimizer), (more, dtype, autocast) = NETWORKS[networks], PRECISIONS[precision]
-        transformer = load_skeleton(path, **origin).transformer
-        gathered = _gathered(transformer, dtype)
-        made = make(transformer, dtype)
-        average = EMA(made.generator)
-        if checkpointing:
-            made.enable_gradient_checkpointing()
+    stage = Stage.of(
+        path, height=height, width=width, guidance_mode=guidance_mode, pipeline_kwargs=pipeline_kwargs, **origin
+    )
+    rows = [
+        (name, base, precision, checkpointed, batch_size, cached)
+        for name in networks
+        for base, precisions in BASES[name].items()
+        for precision, checkpointed in itertools.product(precisions, checkpointing)
+        for batch_size, cached in itertools.product(batch_sizes, (True, False))
         # the script's autocast keeps its copies of weights only where these are whole
-        here = [name for name in shardings if not autocast or SHARDINGS[name].shards != cached]
-        shares = [_shares(gpus, SHARDINGS[name], where) for name in here for where in ("accelerator", "main memory")]
-        peaks = rehearse(
-            made,
-            average.model,
-            contract,
-            optimizer,
-            batch_size=batch_size,
-            config=config,
-            autocast=autocast,
-            autocast_cache=cached,
-            foreach=True,
-            share_rollout=share_rollout,
-            views=shares,
+        if cached or (precisions[precision].autocast and _shardings(gpus, name, base)[1:])
+    ]
+    choices = []
+    for name, base, precision, checkpointed, batch_size, cached in progress(rows):
+        settings, roles = BASES[name][base][precision], RoleSettings(name, rank, base_quantization=base)
+        shardings = [
+            kind for kind in _shardings(gpus, name, base) if not settings.autocast or SHARDINGS[kind].shards != cached
+        ]
+        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout)
+        flags = (
+            f"--networks {name}" if name != "full" else "",
+            f"--rank {rank}" if name != "full" and rank != RoleSettings.rank else "",
+            f"--base_quantization {base}" if base != "none" else "",
+            settings.arguments,
+            f"--train_batch_size {batch_size}",
+            CHECKPOINTING_ARGUMENTS[checkpointed],
+            "--share_rollout" if share_rollout else "",
+            arguments,
         )
-        for name, peak, waiting in zip(here, peaks[::2], peaks[1::2]):
-            kind = SHARDINGS[name]
-            if kind.shards:
-                peak = Peak(peak.when, {**peak.components, "gathered": gathered})
-            start = 4 * (pipeline_size - transformer_size * (1 - 1 / (gpus if kind.shards else 1)))
-            flags = words, more, kind.arguments, f"--train_batch_size {batch_size}", CHECKPOINTING[checkpointing]
-            flags += ("--share_rollout" if share_rollout else "", arguments)
-            choice = {
-                "networks": networks,
-                "precision": precision,
-                "sharding": name,
-                "batch_size": batch_size,
-                "gradient_checkpointing": checkpointing,
-                "peak": peak,
-                "start": start,
-                "main_memory": waiting.bytes,
-                "fits": False,
-                "command": _command(path, gpus, " ".join(filter(None, flags))),
-            }
-            choices.append(Choice(**choice).in_memory(memory))
+        for kind, (peak, begin, waiting) in zip(shardings, case.memory(stage, gpus, shardings)):
+            command = _command(path, gpus, " ".join(filter(None, (*flags[:4], SHARDINGS[kind].arguments, *flags[4:]))))
+            choice = Choice(name, base, precision, kind, batch_size, checkpointed, peak, begin, waiting, command)
+            choices.append(choice.in_memory(memory))
     return choices
 
 
-def _shares(gpus: int, kind: Sharding, where: str) -> Callable[[str], float]:
-    """The share of a component that one process has on its accelerator, or in main memory."""
-
-    def share(component):
-        stays = not kind.offloaded or component in STAYING
-        if stays != (where == "accelerator"):
-            return 0.0
-        return 1 / gpus if kind.shards and component not in WHOLE else 1.0
-
-    return share
-
-
-def _gathered(transformer, dtype: torch.dtype) -> float:
-    """Bytes that come and go besides, where networks are in shards, at most: what is in no unit, one unit and the next
-    one, and the gradient of a unit, which is reduced in float32. Not rehearsed."""
-    units = [count(unit)[0] for unit in sharding_units(transformer)]
-    largest = max(units, default=0)
-    return (count(transformer)[0] - sum(units) + 3 * largest) * dtype.itemsize + 4 * largest
+def _shardings(gpus: int, networks: str, base: str) -> list[str]:
+    """What can be combined, "none" first. On one process a shard is all of it, so sharding is for offloading only."""
+    if base != "none":
+        return ["none"]
+    offloaded = ["full, offloaded"] if networks != "lora" else []
+    return ["none", *(["full"] if gpus > 1 else []), *offloaded]
 
 
 def _command(path, gpus: int, flags: str) -> str:
@@ -202,7 +165,7 @@ def _command(path, gpus: int, flags: str) -> str:
     return f"{launch} {script} --pretrained_model_name_or_path {path} --prompt_file prompts.txt {flags}"
 
 
-COMPONENTS = {  # a column -> the components in it
+COMPONENTS = {  # a column -> the components in it, those of LoRAs too
     "networks": ("teacher", "generator", "fake score"),
     "average": ("average of the generator",),
     "Adam": ("Adam's moments", "update"),
@@ -218,15 +181,17 @@ def format_choices(choices: Sequence[Choice]) -> str:
     def gigabytes(size):
         return f"{size / 1e9:.1f}"
 
-    header = ["networks", "precision", "sharding", "batch", "checkpointing", *COMPONENTS, "peak", "start", "fits"]
-    lines = [header]
+    header = ["networks", "base", "precision", "sharding", "batch", "checkpointing", *COMPONENTS]
+    lines = [[*header, "peak", "start", "fits"]]
     for choice in choices:
-        parts = choice.peak.components
+        parts = Counter()
+        for name, size in choice.peak.components.items():
+            parts[name.removesuffix(LORA)] += size
         lines.append(
             [
-                *(choice.networks, choice.precision, choice.sharding, str(choice.batch_size)),
-                "on" if choice.gradient_checkpointing else "off",
-                *(gigabytes(sum(parts.get(name, 0) for name in names)) for names in COMPONENTS.values()),
+                *(choice.networks, choice.base_quantization, choice.precision, choice.sharding),
+                *(str(choice.batch_size), choice.gradient_checkpointing),
+                *(gigabytes(sum(parts[name] for name in names)) for names in COMPONENTS.values()),
                 *(gigabytes(choice.peak.bytes), gigabytes(choice.start), "yes" if choice.fits else "no"),
             ]
         )

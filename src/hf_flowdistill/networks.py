@@ -5,7 +5,7 @@
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,54 @@ def weights_digest(network: torch.nn.Module) -> str:
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def streamed(modules: Iterable[torch.nn.Module], device):
+    """Inside, `modules` compute on `device` with weights that come from main memory, layer by layer; then as before.
+
+    With those that are on such a device already, nothing is done. What is computed is the same.
+    """
+    device = torch.device(device)
+    waiting = [module for module in modules if waits(module, device)]
+    if waiting:  # accelerate is there where anything trains
+        from accelerate import cpu_offload
+        from accelerate.hooks import remove_hook_from_submodules
+    for module in waiting:
+        cpu_offload(module, device, offload_buffers=bool(module._parameters))  # as diffusers' pipelines do
+    try:
+        yield
+    finally:
+        for module in waiting:
+            remove_hook_from_submodules(module)
+
+
+def waits(module: torch.nn.Module, device: torch.device) -> bool:
+    """Whether the weights of `module` are in main memory, and it is to run on an accelerator."""
+    return any(parameter.device.type != device.type for parameter in module.parameters())
+
+
+def modules_of(pipeline) -> dict[str, torch.nn.Module]:
+    """The networks among the components of `pipeline`, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def has_room(size: float, memory: float) -> bool:
+    """Whether text encoders of `size` bytes stay on an accelerator with `memory` bytes free while they encode.
+
+    If not, they are streamed. Half as much again is left for what they compute.
+    """
+    return 1.5 * size <= memory
+
+
+def place_text_encoders(pipeline, device) -> None:
+    """Everything that encodes text to `device`, if there is room for it."""
+    device = torch.device(device)
+    encoders = [module for name, module in modules_of(pipeline).items() if name not in ("transformer", "vae")]
+    size = sum(parameter.nbytes for module in encoders for parameter in module.parameters())
+    if device.type != "cuda" or has_room(size, torch.cuda.mem_get_info(device)[0]):
+        for module in encoders:
+            module.to(device)
 
 
 def move_all_but_transformer(pipeline, device) -> None:
@@ -182,6 +230,7 @@ def linear_layers(transformer: torch.nn.Module, wanted: str | None = None) -> li
 
 
 NETWORKS = ("full", "lora_fake", "lora")
+ROLES = ("teacher", "generator", "fake_score")
 
 
 @dataclass(frozen=True)
@@ -206,8 +255,8 @@ class RoleSettings:
         """Full names of what gets adapters, as `linear_layers`; nothing with three networks."""
         return [] if self.networks == "full" else linear_layers(transformer, self.lora_layers)
 
-    def share(self, teacher: torch.nn.Module, *, seed: int = 0) -> SharedBase:
-        """`teacher`, in place, as the base of adapters, quantized if it is to be.
+    def share(self, teacher: torch.nn.Module, *, seed: int = 0, device=None) -> SharedBase:
+        """`teacher`, in place, as the base of adapters, on `device`, quantized on its way there if it is to be.
 
         Raises:
             UserError: as `linear_layers`.
@@ -215,7 +264,9 @@ class RoleSettings:
         targets, quantized = self.layers(teacher), []
         if self.base_quantization != "none":
             quantized = linear_layers(teacher)
-            quantize(teacher, quantized, self.base_quantization)
+            quantize(teacher, quantized, self.base_quantization, device)
+        if device is not None:
+            teacher.to(device)
         alpha = self.rank if self.lora_alpha is None else self.lora_alpha
         return SharedBase(teacher, targets, rank=self.rank, alpha=alpha, seed=seed, quantized=quantized)
 
@@ -248,6 +299,7 @@ class Networks:
         *,
         copy: Callable[[torch.nn.Module, torch.dtype], torch.nn.Module] = plain_copy,
         seed: int = 0,
+        device=None,
     ) -> "Networks":
         """Networks that all start as `teacher` in `dtype`, which is itself frozen and made `dtype`, in place.
 
@@ -258,25 +310,32 @@ class Networks:
         Args:
             copy: makes what is trained whole, e.g. `Sharding.copy`.
             seed: of the adapters.
+            device: where all of them are to be; by default where the teacher is. Of one that is quantized, no more
+                than a layer is there as it was.
 
         Raises:
             UserError: as `linear_layers`.
         """
         teacher.eval().to(dtype).requires_grad_(False)
+        if device is not None and roles.networks != "lora":
+            teacher.to(device)
         if roles.networks == "full":
             return cls(teacher, *(copy(teacher, dtype).requires_grad_(True) for _ in range(2)))
         generator = copy(teacher, dtype).requires_grad_(True) if roles.networks == "lora_fake" else None
-        shared = roles.share(teacher, seed=seed)
+        shared = roles.share(teacher, seed=seed, device=device)
         return cls(Role(shared), generator or shared.add("generator"), shared.add("fake_score"))
 
     def trained(self) -> dict[str, torch.nn.Module]:
         """What a checkpoint has to hold, by name: networks, or adapters, each with exactly what is trained of it."""
         return {"generator": self.generator, "fake_score": self.fake_score}
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, in all three: gradient also passes through the frozen ones."""
-        for network in (self.teacher, self.generator, self.fake_score):
-            network.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, names: Iterable[str] = ROLES) -> None:
+        """Recompute activations in the backward pass, in the networks called `names`.
+
+        By default in all three: gradient also passes through the frozen ones.
+        """
+        for name in names:
+            getattr(self, name).enable_gradient_checkpointing()
 
     @contextlib.contextmanager
     def training(self, name: str):

@@ -5,6 +5,7 @@
 import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +125,7 @@ def describe_plan(
     accumulation: int,
     processes: int,
     images_per_second: float | None = None,
+    peak: Sequence[str] = (),
 ) -> str:
     """What a training run of the teacher at `path` is, in lines: networks, sizes, memory, images, time.
 
@@ -137,6 +139,7 @@ def describe_plan(
         prompts: how many distinct ones.
         batch_size, accumulation, processes: whose product is the number of images per update.
         images_per_second: of all processes together; None leaves the time out.
+        peak: lines on what is rehearsed (`cases.describe_peak`).
 
     Raises:
         UserError: as `load_skeleton`, `measure_shapes` and `linear_layers`.
@@ -165,6 +168,7 @@ def describe_plan(
     lines.append(f"precision: {_name(weight_dtype)} weights{rounding}, {autocast} autocast")
     settings = {"bf16_rounding": bf16_rounding, "use_8bit_adam": use_8bit_adam}
     lines += describe_memory(skeleton.transformer, weight_dtype, roles, shards, cpu_offload, **settings)
+    lines += peak
     per_update = batch_size * accumulation * processes
     updates = math.ceil(max_train_images / per_update)
     images = updates * per_update

@@ -2,125 +2,31 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """One update of a training without values: the real turns on the real configuration, and the memory that they take.
 
+Blocks that are alike take alike, so a transformer is rehearsed with few of them (`rehearse_blocks`).
+
 Every tensor is a fake one (`torch._subclasses.FakeTensor`), with a shape and a storage but nothing in it, so twelve
 billion parameters are rehearsed on any machine. What is counted are the storages of all tensors that operations
 return; what an operation takes only inside itself, such as the workspace of a matrix product, is not.
 """
 
-import contextlib
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from hf_flowdistill.adapters import Role
+from hf_flowdistill.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
-from hf_flowdistill.networks import Networks
+from hf_flowdistill.networks import ROLES, Networks, sharding_units
 from hf_flowdistill.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract
 
 
-@dataclass(frozen=True)
-class Peak:
-    """The moment at which the most memory is taken: when that is, and component -> bytes."""
-
-    when: str
-    components: Mapping[str, float]
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.components.values())
-
-
-class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations inside it return, for as long as these live.
-
-    A tensor belongs to the component that `component` names while it is made, unless `assign` says otherwise later.
-
-    Args:
-        views: functions from a component to the share of it that counts, e.g. an eighth of what is sharded; there is a
-            peak for each of them.
-
-    Attributes:
-        peaks: `Peak` of each view.
-        when: what the peaks call the present.
-    """
-
-    def __init__(self, views: Sequence[Callable[[str], float]] = (lambda component: 1.0,)):
-        super().__init__()
-        self.views, self.shares = views, {}
-        self.live, self.storages = Counter(), {}
-        self.name, self.when = "activations", ""
-        self.totals = [0.0] * len(views)
-        self.peaks = [Peak("", {})] * len(views)
-        self.largest = [0.0] * len(views)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        before = len(self.storages)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage(), self.name)
-        if len(self.storages) > before:
-            self._look()
-        return output
-
-    @contextlib.contextmanager
-    def component(self, name: str):
-        before, self.name = self.name, name
-        try:
-            yield
-        finally:
-            self.name = before
-
-    def assign(self, tensors, name: str) -> None:
-        """Count `tensors`, seen before or not, to the component called `name`."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if id(storage) in self.storages:
-                reference, old, size = self.storages[id(storage)]
-                self._count(old, -size)
-                self._count(name, size)
-                self.storages[id(storage)] = reference, name, size
-            else:
-                self._see(storage, name)
-
-    def forget_peaks(self) -> None:
-        self.largest = [0.0] * len(self.views)
-
-    def _see(self, storage, name):
-        key = id(storage)
-        if key not in self.storages:
-            reference = weakref.ref(storage, lambda _: self._gone(key))
-            self.storages[key] = reference, name, storage.nbytes()
-            self._count(name, storage.nbytes())
-
-    def _gone(self, key):
-        _, name, size = self.storages.pop(key)
-        self._count(name, -size)
-
-    def _count(self, name, size):
-        self.live[name] += size
-        for i, share in enumerate(self._shares(name)):
-            self.totals[i] += size * share
-
-    def _shares(self, name):
-        if name not in self.shares:
-            self.shares[name] = [view(name) for view in self.views]
-        return self.shares[name]
-
-    def _look(self):
-        for i, total in enumerate(self.totals):
-            if total > self.largest[i]:
-                self.largest[i] = total
-                parts = {name: size * self._shares(name)[i] for name, size in self.live.items()}
-                self.peaks[i] = Peak(self.when, {name: size for name, size in parts.items() if size})
+LORA = " (LoRA)"  # at the end of a component's name
 
 
 def stand_in_contract(shapes: Shapes, *, height: int, width: int) -> Contract:
@@ -187,13 +93,16 @@ def rehearse(
     foreach: bool | None = None,
     share_rollout: bool = False,
     views: Sequence[Callable[[str], float]] = (lambda component: 1.0,),
-) -> list[Peak]:
-    """A micro-batch that is not the first, and an update, of both networks; a peak for each view.
+) -> list[dict[tuple, Peak]]:
+    """A micro-batch that is not the first, and an update, of both networks: for each view, part of it -> its peak.
+
+    Parts are told apart by the turn, by forward and backward pass and update, and by the last kind of block to start.
 
     So there are moments of Adam and gradients of the network whose turn it is, from the beginning.
 
     Components are "teacher", "generator", "fake score", "average of the generator", "Adam's moments", "gradients",
-    "update" (what optimizers take besides) and "activations" (all else).
+    "update" (what optimizers take besides) and "activations" (all else). Those that are of an adapter have " (LoRA)"
+    behind their names.
 
     Args:
         networks, average: on the meta device; their parameters are replaced by fake ones.
@@ -208,11 +117,18 @@ def rehearse(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = MemoryTracker(views)
     with tracker:
-        named = {"teacher": networks.teacher, "generator": networks.generator, "fake score": networks.fake_score}
+        named = {"generator": networks.generator, "fake score": networks.fake_score}
         named["average of the generator"] = average
         for name, network in named.items():
-            with tracker.component(name):
-                _fill(network, mode)
+            with tracker.component(name + _mark(network)):
+                fill(network, mode)
+        teacher = networks.teacher  # after the adapters, which are inside where they share it
+        with tracker.component("teacher"):
+            fill(teacher.shared.transformer if isinstance(teacher, Role) else teacher, mode)
+        for name in ROLES:
+            network = getattr(networks, name)
+            if name == "teacher" or not isinstance(network, Role):  # other roles are on the teacher
+                _note_places(tracker, name, network)
         optimizers = {}
         for name, network in networks.trained().items():
             optimizers[name] = _optimizer(tracker, network, build_optimizer, foreach)
@@ -220,22 +136,105 @@ def rehearse(
         turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
         x0 = None
         for turn, loss_of in turns[::-1] if share_rollout else turns:
-            tracker.when = f"turn of the {turn.replace('_', ' ')}"
-            _make_gradients(tracker, networks.trained()[turn])
+            trained, told = networks.trained()[turn], turn.replace("_", " ")
+            tracker.when = f"forward pass of the {told}'s turn"
+            _make_gradients(tracker, trained)
             batch = _batch(mode, contract, batch_size)
             batch.x0 = x0
             with networks.training(turn):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=autocast_cache):
                     loss, _ = loss_of(networks, contract, batch, config)
+                tracker.when = f"backward pass of the {told}'s turn"
                 loss.backward()
             x0 = batch.x0 if share_rollout else None
             del batch, loss
-            tracker.when = f"update of the {turn.replace('_', ' ')}"
-            _update(tracker, optimizers[turn])
+            tracker.when = f"update of the {told}"
+            _update(tracker, optimizers[turn], trained)
     return tracker.peaks
 
 
-def _fill(network, mode) -> None:
+def _note_places(tracker, name, network) -> None:
+    """Tell `tracker` which kind of block of the network called `name` starts."""
+
+    def note(row):
+        def hook(block, args):
+            tracker.place = name, row
+
+        return hook
+
+    network = network.shared.transformer if isinstance(network, Role) else network
+    for row, (blocks, start, length) in enumerate(block_rows(network)):
+        for block in blocks[start : start + length]:
+            block.register_forward_pre_hook(note(row))
+
+
+def _mark(network) -> str:
+    return LORA if isinstance(network, Role) else ""
+
+
+KEPT = 2  # of blocks in a row that are alike
+
+
+def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> list[Peak]:
+    """The peaks of `transformer` for each view, from rehearsals with few of its blocks.
+
+    Of blocks in a row that are alike two are kept, the first and the last, then three: what that adds to every
+    component at the peak of a part of the update, each of the blocks left out adds as well.
+
+    Args:
+        rehearse_one: transformer -> what `rehearse` returns; called with transformers that it may use up.
+    """
+    rows = [length for *_, length in block_rows(transformer)]
+    kept = [min(length, KEPT) for length in rows]
+    base, added = rehearse_one(shortened(transformer, kept)), []
+    for row, length in enumerate(rows):
+        if length > KEPT:
+            more = [number + (i == row) for i, number in enumerate(kept)]
+            added.append((length - KEPT, rehearse_one(shortened(transformer, more))))
+    peaks = []
+    for view, parts in enumerate(base):
+        whole = []
+        for part, peak in parts.items():
+            components = dict(peak.components)
+            for times, longer in added:
+                other = longer[view][part].components
+                for name in components.keys() | other.keys():
+                    difference = other.get(name, 0) - peak.components.get(name, 0)
+                    components[name] = components.get(name, 0) + times * difference
+            whole.append(Peak(peak.when, components))
+        peaks.append(max(whole, key=lambda peak: peak.bytes, default=Peak("", {})))
+    return peaks
+
+
+def block_rows(transformer: torch.nn.Module) -> list[tuple[torch.nn.ModuleList, int, int]]:
+    """(list, start, length) of the blocks (`sharding_units`) in a row that are alike, to their parameters' shapes."""
+
+    def alike(pair):
+        block = pair[1]
+        return repr(block), [tuple(parameter.shape) for parameter in block.parameters()], block in units
+
+    rows, units = [], set(sharding_units(transformer))
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.ModuleList) and units.intersection(module):
+            for (*_, is_unit), row in itertools.groupby(enumerate(module), alike):
+                row = list(row)
+                rows += [(module, row[0][0], len(row))] if is_unit else []
+    return rows
+
+
+def shortened(transformer, lengths: Sequence[int] | None = None):
+    """A copy of a transformer with so many blocks of each row; one of each by default."""
+    rows, left_out = block_rows(transformer), {}
+    for (blocks, start, length), kept in zip(rows, lengths or [1] * len(rows), strict=True):
+        left_out.setdefault(blocks, set()).update(range(start + kept, start + length))
+    memo = {  # what takes the place of a list of blocks in the copy
+        id(blocks): torch.nn.ModuleList(copy.deepcopy(block) for i, block in enumerate(blocks) if i not in numbers)
+        for blocks, numbers in left_out.items()
+    }
+    return copy.deepcopy(transformer, memo)
+
+
+def fill(network, mode) -> None:
     """Fake tensors in place of the parameters and buffers of a network on the meta device."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
@@ -256,20 +255,20 @@ def _optimizer(tracker, network, build_optimizer, foreach):
         for group in optimizer.param_groups:
             group["foreach"] = foreach
     _make_gradients(tracker, network)
-    _update(tracker, optimizer)
+    _update(tracker, optimizer, network)
     moments = (value for state in optimizer.state.values() for value in state.values())
-    tracker.assign((value for value in moments if isinstance(value, torch.Tensor)), "Adam's moments")
+    tracker.assign((value for value in moments if isinstance(value, torch.Tensor)), "Adam's moments" + _mark(network))
     return optimizer
 
 
 def _make_gradients(tracker, network) -> None:
-    with tracker.component("gradients"):
+    with tracker.component("gradients" + _mark(network)):
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
-def _update(tracker, optimizer) -> None:
-    with tracker.component("update"):
+def _update(tracker, optimizer, network) -> None:
+    with tracker.component("update" + _mark(network)):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -4,6 +4,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Shapes:
         conditioning: argument -> (shape, bytes) of what comes with a prompt.
         call: all arguments of a call of the transformer, of `batch` samples.
         batch: 2 if the pipeline guides by itself in one call, else 1.
+        runs: (component, method, arguments, named arguments) of every run of a network in a call for one prompt.
     """
 
     latent: tuple[str, tuple[int, ...]]
@@ -38,6 +40,7 @@ class Shapes:
     conditioning: dict[str, tuple[tuple[int, ...], int]]
     call: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     batch: int = 1
+    runs: list[tuple[str, Callable, tuple, dict]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def bytes_per_prompt(self) -> int:
@@ -108,8 +111,8 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         NotImplementedError: a network does not run without values.
     """
     name = type(skeleton).__name__
-    calls, tokens = _watch_shapes(skeleton)
-    seen = []
+    calls, tokens, runs = _watch_shapes(skeleton)
+    seen, first_runs = [], []
     for prompts in (PROMPTS[:1], PROMPTS):
         settings = {"height": height, "width": width, "pipeline_kwargs": dict(pipeline_kwargs or {})}
         arguments = call_arguments(skeleton, prompts, **settings, num_inference_steps=1, output_type="np")
@@ -125,6 +128,7 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
             size = f"height {height}, width {width}"
             raise UserError(f"{name} fails when called with {size}: {first_line(error)}") from error
         seen.append(calls[0])
+        first_runs = first_runs or list(runs)
         skeleton.transformer.register_forward_pre_hook(_stop)  # the second call is for its arguments only
     rows = {key: rows for key, one in seen[0].items() if (rows := _rows(one, seen[1][key])) is not None}
     first = {key: row for key, (_, row, _) in rows.items()}
@@ -145,17 +149,19 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         conditioning={key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in first.items()},
         call=dict(seen[0]),
         batch=batch,
+        runs=first_runs,
     )
 
 
-def _watch_shapes(skeleton) -> tuple[list[dict[str, Any]], list[int]]:
-    """Make `skeleton` callable. Its calls put into two lists what the transformer is given by name, and the number of
-    image tokens, which is that of the values it returns over the width of its last projection."""
-    calls, tokens, linears = [], [], []
-    for module in skeleton.components.values():
+def _watch_shapes(skeleton) -> tuple[list[dict[str, Any]], list[int], list]:
+    """Make `skeleton` callable. Its calls put into three lists what the transformer is given by name, the number of
+    image tokens, which is that of the values it returns over the width of its last projection, and `Shapes.runs`."""
+    calls, tokens, linears, runs = [], [], [], []
+    for name, module in skeleton.components.items():
         for method in ("forward", "decode"):
             if isinstance(module, torch.nn.Module) and hasattr(module, method):
-                setattr(module, method, _zeros_from_meta(getattr(module, method)))
+                note = functools.partial(_note, runs, name, getattr(module, method))
+                setattr(module, method, _zeros_from_meta(getattr(module, method), note))
     transformer = skeleton.transformer
     signature = inspect.signature(transformer.forward)
     for module in transformer.modules():
@@ -175,15 +181,19 @@ def _watch_shapes(skeleton) -> tuple[list[dict[str, Any]], list[int]]:
     skeleton.scheduler = plain_scheduler(skeleton)
     # everything outside the networks has values, and is on the CPU
     skeleton.__class__ = type(type(skeleton).__name__, (type(skeleton),), {"_execution_device": torch.device("cpu")})
-    return calls, tokens
+    return calls, tokens, runs
+
+
+def _note(runs, name, method, args, kwargs):
+    runs.append((name, method, args, kwargs))
 
 
 def _stop(module, args):
     raise NotImplementedError
 
 
-def _zeros_from_meta(function):
-    """`function` of a network on the meta device, its result as zeros on the CPU."""
+def _zeros_from_meta(function, note):
+    """`function` of a network on the meta device, its result as zeros on the CPU; `note` gets the arguments."""
     text_encoder = isinstance(function.__self__, transformers.PreTrainedModel)
 
     @functools.wraps(function)
@@ -193,6 +203,7 @@ def _zeros_from_meta(function):
         if text_encoder and mask is not None and mask.ndim == 2:
             # transformers asks for the values of a mask of tokens, and takes one of pairs of tokens as it is
             kwargs["attention_mask"] = mask.bool()[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        note(args, kwargs)
         try:
             output = function(*args, **kwargs)
         except RuntimeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hf_flowdistill.choices import SHARE, format_choices, list_choices
+from hf_flowdistill.choices import BASES, SHARE, format_choices, list_choices
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
 
@@ -31,13 +31,22 @@ def main(input_args):
         choices=("cfg", "embedded", "both"),
         help="of teacher and fake score; by default embedded where the transformer embeds a scale, else cfg",
     )
+    add(
+        "--networks",
+        nargs="+",
+        choices=tuple(BASES),
+        default=list(BASES),
+        metavar="NAME",
+        help="as of train_sid_dit.py",
+    )
+    add("--rank", type=int, default=64, metavar="N", help="of the LoRAs, on all linear layers of the blocks")
     add("--share_rollout", action="store_true", help="as of train_sid_dit.py")
     add(
         "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
     )
     add("--output_file", metavar="FILE.json", help="all figures as JSON")
     args = parser.parse_args(input_args)
-    numbers = {name: [getattr(args, name)] for name in ("gpus", "memory", "resolution", "height", "width")}
+    numbers = {name: [getattr(args, name)] for name in ("gpus", "memory", "resolution", "height", "width", "rank")}
     for name, values in (numbers | {"train_batch_size": args.train_batch_size}).items():
         for value in values:
             if value is not None and not 0 < value < float("inf"):
@@ -60,6 +69,8 @@ def main(input_args):
             height=args.height or args.resolution,
             width=args.width or args.resolution,
             batch_sizes=args.train_batch_size,
+            networks=args.networks,
+            rank=args.rank,
             guidance_mode=args.guidance_mode,
             pipeline_kwargs=args.pipeline_kwargs,
             share_rollout=args.share_rollout,

@@ -65,7 +65,9 @@ class ImageEncoder:
                 raise ValueError(f"expected RGB images of {self.width} x {self.height}, not {image.mode} {image.size}")
         pixels = torch.from_numpy(np.stack([image.convert(self.mode) for image in images])).permute(0, 3, 1, 2)
         weight = next(self.vae.parameters())
-        pixels = (pixels.to(weight.device, torch.float32) / 127.5 - 1).to(weight.dtype)
+        # weights that are streamed take what they are given along, to where they compute
+        device = "cpu" if weight.is_meta else weight.device
+        pixels = (pixels.to(device, torch.float32) / 127.5 - 1).to(weight.dtype)
         if len(self.vae_shape) == 4:  # of a VAE for videos: one frame
             pixels = pixels.unsqueeze(2)
         with torch.no_grad():

@@ -78,7 +78,7 @@ class Sharding:
         return self.mesh is None or dist.get_rank() == 0
 
     def load(self, load: Callable):
-        """The pipeline that `load(**components)` reads, on the device, its transformer sharded.
+        """The pipeline that `load(**components)` reads, in main memory, but for a sharded transformer on the device.
 
         Only the main process reads the transformer's weights, into main memory. The others have only what they hold
         of it, so all networks together are in main memory once and not once for each process.
@@ -87,7 +87,7 @@ class Sharding:
             UserError: on all processes, what `load` raises on the main one.
         """
         if self.mesh is None:
-            return load().to(self.device)
+            return load()
         pipeline, message = None, [None]
         if self.is_main:
             try:
@@ -101,7 +101,7 @@ class Sharding:
         if not self.is_main:
             pipeline = load(transformer=message[0])
         pipeline.transformer = self.shard(pipeline.transformer)
-        return pipeline.to(self.device)
+        return pipeline
 
     def shard(self, network: torch.nn.Module) -> torch.nn.Module:
         """A sharded network with the main process's weights; on the others, `network` may be on the meta device."""
@@ -119,16 +119,17 @@ class Sharding:
         )
 
     def release(self, pipeline, dtype: torch.dtype) -> torch.nn.Module:
-        """The pipeline's transformer, to be used with weights of `dtype`.
+        """The pipeline's transformer, to be used with weights of `dtype`; still in main memory if it is not sharded.
 
-        A sharded one leaves an empty transformer of its class behind, with which the pipeline still encodes and
-        decodes: each process by itself, where a sharded one would have all of them come together.
+        It leaves an empty transformer of its class behind, with which the pipeline still encodes and decodes: without
+        its weights on the device, and each process by itself, where a sharded one would have all come together.
         """
         transformer = pipeline.transformer
-        if self.mesh is not None:
-            pipeline.transformer = _hollow(self.shells[transformer], self.device, empty=True)
-            if dtype != transformer.dtype:  # it has run, and the buffers of its precision are there
-                transformer = self._twin(transformer, dtype, OffloadPolicy())
+        pipeline.transformer = _hollow(self.shells.get(transformer, transformer), self.device, empty=True)
+        if self.mesh is None:
+            return transformer.to(dtype)
+        if dtype != transformer.dtype:  # it has run, and the buffers of its precision are there
+            transformer = self._twin(transformer, dtype, OffloadPolicy())
         return transformer
 
     def copy(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

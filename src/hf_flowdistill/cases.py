@@ -1,0 +1,162 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""One way of training a teacher, and the memory that it takes on one process: while it trains and before."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hf_flowdistill.memory_tracker import Peak
+from hf_flowdistill.methods.sid import SiDConfig
+from hf_flowdistill.networks import Networks, RoleSettings, sharding_units
+from hf_flowdistill.planning import count
+from hf_flowdistill.quantized_sizes import Adam8bitSizes
+from hf_flowdistill.rehearsal import LORA, embeds_guidance, rehearse, rehearse_blocks, stand_in_contract
+from hf_flowdistill.skeleton import load_skeleton, measure_shapes
+from hf_flowdistill.startup import Start, measure_start
+from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.optimizers import build_optimizer
+
+
+class Precision(NamedTuple):
+    arguments: str
+    dtype: torch.dtype
+    autocast: bool
+
+
+class Sharding(NamedTuple):
+    arguments: str
+    shards: bool
+    offloaded: bool
+
+
+SHARDINGS = {  # with the arguments of the training script
+    "none": Sharding("", False, False),
+    "full": Sharding("--sharding full", True, False),
+    "full, offloaded": Sharding("--sharding full --cpu_offload", True, True),
+}
+STAYING = ("teacher", "activations")  # on the accelerator, where the rest is offloaded; so do adapters
+WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters
+
+
+class Stage(NamedTuple):
+    """A teacher without values, and what every rehearsal of it needs."""
+
+    transformer: torch.nn.Module
+    contract: Contract
+    config: SiDConfig
+    start: Start
+
+    @classmethod
+    def of(cls, path, *, height: int, width: int, guidance_mode=None, pipeline_kwargs=None, **origin) -> "Stage":
+        """Of the teacher at `path`; arguments and errors as for `choices.list_choices`."""
+        size, transformer = {"height": height, "width": width}, load_skeleton(path, **origin).transformer
+        shapes = measure_shapes(load_skeleton(path, **origin), **size, pipeline_kwargs=pipeline_kwargs)
+        contract = stand_in_contract(shapes, **size)
+        mode = guidance_mode or ("embedded" if embeds_guidance(contract) else "cfg")
+        config = SiDConfig(guidance_mode=mode, fake_guidance_mode=mode)
+        return cls(transformer, contract, config, measure_start(shapes, transformer))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is rehearsed.
+
+    Attributes:
+        checkpointed: names of the networks whose activations are computed a second time.
+        cached: whether autocast keeps its copies of weights until the backward pass.
+        bf16_rounding, use_8bit_adam: as for `build_optimizer`.
+    """
+
+    roles: RoleSettings
+    precision: Precision
+    checkpointed: tuple[str, ...]
+    batch_size: int
+    cached: bool = True
+    share_rollout: bool = False
+    bf16_rounding: str = "nearest"
+    use_8bit_adam: bool = False
+
+    def memory(self, stage: Stage, gpus: int, shardings: Sequence[str]) -> list[tuple[Peak, Start, float]]:
+        """For each of `shardings` on `gpus` processes: the peak on the accelerator, what there is before, and the
+        bytes that wait in main memory."""
+        kinds = [SHARDINGS[name] for name in shardings]
+        views = [_shares(gpus, kind, where) for kind in kinds for where in ("accelerator", "main memory")]
+        peaks = rehearse_blocks(stage.transformer, functools.partial(self._rehearse, stage, views))
+        rows = []
+        for kind, peak, waiting in zip(kinds, peaks[::2], peaks[1::2]):
+            start = stage.start
+            if kind.shards:
+                gathered = self._gathered(stage.transformer)
+                peak = Peak(peak.when, {**peak.components, "gathered": gathered})
+                start = start.beside(4 * sum(count(stage.transformer)) / gpus)
+            rows.append((peak, start, waiting.bytes))
+        return rows
+
+    def _rehearse(self, stage, views, transformer):
+        with torch.device("meta"):
+            networks = Networks.from_teacher(transformer, self.precision.dtype, self.roles)
+            average = EMA(networks.generator).model
+        networks.enable_gradient_checkpointing(self.checkpointed)
+        optimizer = functools.partial(build_optimizer, rounding=self.bf16_rounding)
+        if self.use_8bit_adam:
+            optimizer = lambda network: Adam8bitSizes(network.parameters())  # noqa: E731
+        return rehearse(
+            networks,
+            average,
+            stage.contract,
+            optimizer,
+            batch_size=self.batch_size,
+            config=stage.config,
+            autocast=self.precision.autocast,
+            autocast_cache=self.cached,
+            foreach=True,
+            share_rollout=self.share_rollout,
+            views=views,
+        )
+
+    def _gathered(self, transformer) -> float:
+        """Bytes that come and go besides, where networks are in shards, at most: what is in no unit, one unit and the
+        next one, and the gradient of a unit, which is reduced in float32. Not rehearsed."""
+        units = [count(unit)[0] for unit in sharding_units(transformer)]
+        largest, size = max(units, default=0), self.precision.dtype.itemsize
+        weights = (count(transformer)[0] - sum(units) + 2 * largest) * size
+        return weights if self.roles.networks == "lora" else weights + largest * (size + 4)
+
+
+def describe_peak(path, case: Case, *, processes: int, sharding: str, cpu_offload: bool, **stage) -> list[str]:
+    """Lines: what a process takes on its accelerator at the peak of an update, by component, and before training.
+
+    Args:
+        processes: over which networks are in shards, where `sharding` is not "none"; `stage` as for `Stage.of`.
+
+    Raises:
+        NotImplementedError: a network does not run without values.
+    """
+    kind = "none" if sharding == "none" else "full, offloaded" if cpu_offload else "full"
+    stage = Stage.of(path, **stage)
+    ((peak, start, _),) = case.memory(stage, processes, [kind])
+    parts = sorted(peak.components.items(), key=lambda item: -item[1])
+    return [
+        f"rehearsed, each process takes at its peak, the {peak.when}:",
+        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts, ("together", peak.bytes)]),
+        f"before training, with room for the text encoders: {start.bytes(float('inf')) / 1e9:,.2f} GB; without: "
+        f"{start.bytes(0) / 1e9:,.2f} GB",
+    ]
+
+
+def _shares(gpus: int, kind: Sharding, where: str) -> Callable[[str], float]:
+    """The share of a component that one process has on its accelerator, or in main memory."""
+
+    def share(component):
+        adapter = component.endswith(LORA)
+        stays = not kind.offloaded or component in STAYING or adapter
+        if stays != (where == "accelerator"):
+            return 0.0
+        return 1 / gpus if kind.shards and component not in WHOLE and not adapter else 1.0
+
+    return share
