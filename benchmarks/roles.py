@@ -29,6 +29,7 @@ BF16 = {"weight_dtype": "bfloat16"}
 LORA = {"rank": 32, "learning_rate": 5e-4, "fake_score_learning_rate": 3e-3}
 CASES = {
     "full, float32": {},
+    "full, AMP": {"mixed_precision": "bf16"},
     "full, float32, shared rollout": {"share_rollout": True},
     "full, float32, 8-bit Adam": {"use_8bit_adam": True},
     "full, bfloat16, stochastic": BF16,
