@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What encoding makes of an image is what decoding hands back to the VAE, for every teacher."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -112,10 +113,10 @@ def test_refuses_what_it_cannot_invert(reason, monkeypatch):
 
 def test_refuses_a_vae_that_is_none(monkeypatch):
     pipeline, contract = learned("sd3").pipeline, learned("sd3").contract
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "vae", None)
-        with pytest.raises(UserError, match="has no VAE"):
-            learn_image_encoder(pipeline, contract)
+    bare = copy.copy(pipeline)  # a pipeline remembers in its configuration that it had no VAE
+    bare.vae = None
+    with pytest.raises(UserError, match="has no VAE"):
+        learn_image_encoder(bare, contract)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.vae, "encode", lambda pixels: (_ for _ in ()).throw(RuntimeError("no encoder\nhere")))
         with pytest.raises(UserError, match=r"its VAE does not encode one \(no encoder\); choose"):

@@ -3,6 +3,7 @@
 """What is rehearsed without values is what the allocator gives to a training with them."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -59,6 +60,9 @@ def measured(teacher, contract, roles, dtype, autocast, checkpointed, batch_size
             conditional[range(batch_size)], unconditional, 2, lambda i: noise, torch.full((batch_size,), 0.5), noise
         )
 
+    # what waits for the garbage collector counts too: let it collect as often as in a process of its own
+    gc.collect()
+    gc.freeze()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         networks = Networks.from_teacher(copy.deepcopy(teacher.pipeline.transformer), dtype, roles)
@@ -76,6 +80,7 @@ def measured(teacher, contract, roles, dtype, autocast, checkpointed, batch_size
                 apply_update(optimizers[turn], loss=loss.item(), learning_rate=1e-3)
                 del one, loss
             average.update(networks.generator, batch_size=batch_size, images_seen=batch_size * (step + 1))
+    gc.unfreeze()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -108,10 +108,10 @@ main(sys.argv[1:])
 
 KILLED_WHILE_ENCODING = """
 import os, signal, sys
-from hf_flowdistill.data import cache
+from hf_flowdistill.data import shards
 from score_distillation.train_sid_dit import main
 
-save = cache.save_file
+save = shards.save_file
 
 def save_half(tensors, path, metadata):
     save(tensors, path, metadata)
@@ -119,7 +119,7 @@ def save_half(tensors, path, metadata):
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-cache.save_file = save_half
+shards.save_file = save_half
 main(sys.argv[1:])
 """
 

@@ -116,14 +116,13 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
     ),
     (
         """lr_warmup_images ema_half_life_images checkpointing_images dry_run discriminator_warmup_images
-        adversarial_start_images""",
+        adversarial_start_images discriminator_weight""",
         "at least 0",
         lambda value: value >= 0,
     ),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
-        """learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha
-        discriminator_weight""",
+        "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
         "a number above 0",
         lambda value: 0 < value < math.inf,
     ),

@@ -5,7 +5,7 @@
     make shapes-adversarial     # after make demo, whose student it goes on with
 
 Three stages for each seed: on renders as the teacher has learned to draw; on posters, the same kind of scenes in
-another style; and on renders with the adversarial term switched off, which tells what training on alone does. The
+another style; and on renders with both adversarial terms off, which tells what training on alone does. The
 students before and after are judged on fresh prompts: by the detector, and by the FID to renders and to posters. A
 student that drifts to the style of the images comes closer to the posters and leaves the renders.
 
@@ -42,7 +42,7 @@ MARKS = ("<!-- table of `make shapes-adversarial` -->", "<!-- end of that table 
 STAGES = {  # name -> style of the images, more arguments of the training
     "on renders": ("own", []),
     "on posters": ("poster", []),
-    "without the adversarial term": ("own", ["--adversarial_weight", "0"]),
+    "without the adversarial terms": ("own", ["--adversarial_weight", "0", "--discriminator_weight", "0"]),
 }
 
 
