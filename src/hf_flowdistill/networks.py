@@ -132,9 +132,9 @@ def place_text_encoders(pipeline, device) -> None:
 
 def move_all_but_transformer(pipeline, device) -> None:
     """Text encoders and VAE to `device`: they are needed before training and for decoding only."""
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module) and name != "transformer":
-            component.to(device)
+    for name, module in modules_of(pipeline).items():
+        if name != "transformer":
+            module.to(device)
 
 
 def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[torch.nn.Module], torch.Tensor]) -> None:
