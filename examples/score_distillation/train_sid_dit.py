@@ -90,7 +90,7 @@ from hf_flowdistill.training.optimizers import (
     learning_rate_factor,
 )
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
-from hf_flowdistill.training.student import check_student, load_student
+from hf_flowdistill.training.student import check_student, load_weights
 from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
@@ -547,7 +547,7 @@ def start_generator(run, checkpoint):
     """Give the generator the weights of the student that it goes on with, unless a checkpoint is to have others."""
     path, transformer = run.args.student_model_name_or_path, run.pipeline.transformer
     if path and checkpoint is None:
-        load_student(path, run.networks.generator, transformer, run.sharding, cache_dir=run.args.cache_dir)
+        load_weights(path, run.networks.generator, transformer, run.sharding, cache_dir=run.args.cache_dir)
 
 
 def predict_once(run, network):

@@ -15,7 +15,7 @@ on where it stopped. Other arguments are those of train_sid_dit.py.
 """
 
 import argparse
-import json
+import functools
 import os
 import random
 import statistics
@@ -35,7 +35,7 @@ from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.training.arguments import silence_libraries
 from image_set import STYLES, write_image_set
 from scenes import CATEGORIES, place, render
-from table import check_documents, insert, over_seeds
+from table import check_documents, insert, judged_once, over_seeds
 
 
 MARKS = ("<!-- table of `make shapes-adversarial` -->", "<!-- end of that table -->")
@@ -90,12 +90,13 @@ def load_student(folder: Path):
     return few_step_pipeline(DiffusionPipeline.from_pretrained(folder), read_settings(folder))
 
 
-def judge_seed(judge: StyleJudge, teacher: str, guidance_scale: float, students: dict[str, Path]) -> list[dict]:
+def judge_seed(args, seed: int, students: dict[str, Path]) -> list[dict]:
     """The rows of one seed: real pictures of both styles, the teacher, the students."""
+    judge = StyleJudge(args.num_prompts, 4052 + seed)
     rows = [
         judge.pictures("renders", render(judge.scenes, random.Random(judge.seed + 1))),
         judge.pictures("posters", draw_like("poster", judge.scenes, judge.seed + 3)),
-        judge("teacher", DiffusionPipeline.from_pretrained(teacher), 28, guidance_scale),
+        judge("teacher", DiffusionPipeline.from_pretrained(args.teacher), 28, args.guidance_scale),
     ]
     for name, folder in students.items():
         rows.append(judge(name, load_student(folder), 4, 1.0))
@@ -168,15 +169,8 @@ def main():
             print(f"seed {seed}, {name}: {minutes:.1f} minutes", flush=True)
             after[f"student, {name}"] = run / "student"
         settings = {"num_prompts": args.num_prompts, "stages": args.stages, "student": str(student)}
-        judged = folder / "report.json"
-        report = json.loads(judged.read_text()) if judged.exists() else {}
-        if report.get("settings") != settings:
-            print(f"seed {seed}: judging {args.num_prompts} fresh prompts ...", flush=True)
-            judge = StyleJudge(args.num_prompts, 4052 + seed)
-            judged_rows = judge_seed(judge, args.teacher, args.guidance_scale, {"student, before": student, **after})
-            report = {"settings": settings, "rows": judged_rows}
-            judged.write_text(json.dumps(report))
-        rows += [one | {"seed": seed} for one in report["rows"]]
+        judge = functools.partial(judge_seed, args, seed, {"student, before": student, **after})
+        rows += [one | {"seed": seed} for one in judged_once(folder / "report.json", settings, judge)]
     save_report(rows, args.results)
     table = summarize(rows)
     for document in args.documents:

@@ -55,7 +55,7 @@ GRID_PROMPTS = (
 
 
 def train(run: Path, args, more: list[str], source=("--prompt_file", HERE / "prompts.txt")) -> float:
-    """Run the training script on the prompts of `source`, or go on with it, and return its wall-clock minutes."""
+    """Run the training script on the prompts of `source` to its end, from where it stopped; its wall-clock minutes."""
     command = [
         *(sys.executable, REPOSITORY / "examples" / "score_distillation" / "train_sid_dit.py"),
         *("--config", args.config, "--pretrained_model_name_or_path", Path(args.teacher).resolve()),
@@ -66,6 +66,8 @@ def train(run: Path, args, more: list[str], source=("--prompt_file", HERE / "pro
     code = subprocess.run([str(word) for word in command]).returncode
     if code:
         sys.exit(code)
+    if not (run / "student" / "model_index.json").is_file():
+        sys.exit(f"error: the training in {run} was stopped before its end: the same command goes on with it.")
     return (time.time() - started) / 60
 
 
@@ -107,10 +109,16 @@ def load_pipelines(teacher_dir: Path, student_dir: Path) -> dict:
     }
 
 
-def few_step_cases(guidance_scale: float) -> list[tuple[str, int, float]]:
-    """(pipeline, steps, guidance) of the student and of all that it is compared with at its own numbers of steps."""
+def own_steps(student_dir: Path) -> int:
+    """The number of steps that a student was trained for."""
+    return read_settings(student_dir)["student"]["num_steps"]
+
+
+def few_step_cases(guidance_scale: float, most: int) -> list[tuple[str, int, float]]:
+    """(pipeline, steps, guidance) of the student, in `most` steps and in fewer, and of what it is compared with."""
     cases = [("teacher", guidance_scale), ("undistilled", guidance_scale), ("undistilled", 1.0), ("student", 1.0)]
-    return [(name, num_steps, scale) for name, scale in cases for num_steps in (4, 2, 1)]
+    fewer = [num_steps for num_steps in (4, 2, 1) if num_steps < most]
+    return [(name, num_steps, scale) for name, scale in cases for num_steps in (most, *fewer)]
 
 
 def load_average(network, checkpoint: Path):
@@ -118,6 +126,17 @@ def load_average(network, checkpoint: Path):
     network = copy.deepcopy(network)
     load_model(network, checkpoint / "ema.safetensors")
     return network
+
+
+def judge_checkpoints(run: Path, judge: Judge, student, num_steps: int) -> list[dict]:
+    """A row for the averaged generator of every checkpoint, with its images_seen."""
+    final, judged = student.transformer, []
+    for checkpoint in checkpoints(run):
+        student.register_modules(transformer=load_average(final, checkpoint))
+        images_seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
+        judged.append({"images_seen": images_seen, **judge("student", student, num_steps, 1.0)})
+    student.register_modules(transformer=final)
+    return judged
 
 
 def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3) -> None:
@@ -188,30 +207,29 @@ def main():
     minutes = train(run, args, more)
     print(f"the distillation took {minutes:.1f} minutes")
     pipelines = load_pipelines(Path(args.teacher), run / "student")
+    own = own_steps(run / "student")
 
     print("judging the student along its training ...", flush=True)
-    judge, final, judged = Judge(args.curve_prompts, args.seed + 1), pipelines["student"].transformer, []
-    student = pipelines["student"]
-    for checkpoint in checkpoints(run):
-        student.register_modules(transformer=load_average(final, checkpoint))
-        images_seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
-        judged.append({"images_seen": images_seen, **judge("student", student, 4, 1.0)})
-    student.register_modules(transformer=final)
+    judge = Judge(args.curve_prompts, args.seed + 1)
+    judged = judge_checkpoints(run, judge, pipelines["student"], own)
     save_report(judged, output / "curve.json")
     # the same prompts for the teacher, since the FID of fewer pictures is higher
-    references = [judge("teacher", pipelines["teacher"], n, args.guidance_scale) for n in (28, 4)]
+    references = [judge("teacher", pipelines["teacher"], n, args.guidance_scale) for n in (28, own)]
 
     print(f"judging {args.num_prompts} freshly drawn prompts ...", flush=True)
     judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
     rows = []
-    for name, num_steps, guidance in [("teacher", 28, scale), *few_step_cases(scale)]:
+    for name, num_steps, guidance in [("teacher", 28, scale), *few_step_cases(scale, own)]:
         rows.append(judge(name, pipelines[name], num_steps, guidance))
         print(
             f"  {name}, {num_steps} steps: accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}", flush=True
         )
     save_report(rows, output / "report.json")
     draw_grid(
-        pipelines, [("teacher", 28), ("teacher", 4), ("undistilled", 4), ("student", 4)], scale, output / "grid.png"
+        pipelines,
+        [("teacher", 28), *((name, own) for name in ("teacher", "undistilled", "student"))],
+        scale,
+        output / "grid.png",
     )
     draw_curve(run, judged, references, output / "curve.png")
     print(f"\n{format_table(rows)}\n\nSee {output / 'grid.png'}, {output / 'curve.png'} and {output / 'report.json'}.")

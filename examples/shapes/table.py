@@ -11,12 +11,13 @@ interruption, it goes on where it stopped. Other arguments are those of train_si
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
 from pathlib import Path
 
-from demo import HERE, REPOSITORY, Judge, few_step_cases, load_pipelines, train
+from demo import HERE, REPOSITORY, Judge, few_step_cases, load_pipelines, own_steps, train
 from detector import accuracy
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
@@ -27,16 +28,28 @@ from scenes import CATEGORIES, render
 MARKS = ("<!-- table of `make shapes-table` -->", "<!-- end of the table -->")
 
 
-def judge_seed(judge, pipelines, guidance_scale: float, references: list[float]) -> list[dict]:
+def judged_once(file: Path, settings: dict, judge) -> list[dict]:
+    """The rows that `judge()` gives, or that it gave with the same settings when they were written to `file`."""
+    report = json.loads(file.read_text()) if file.exists() else {}
+    if report.get("settings") != settings:
+        print(f"{file.parent.name}: judging {settings['num_prompts']} fresh prompts ...", flush=True)
+        report = {"settings": settings, "rows": judge()}
+        file.write_text(json.dumps(report))
+    return report["rows"]
+
+
+def judge_seed(args, seed: int, student: Path) -> list[dict]:
     """The rows of one seed: real renders, the teacher, its controls, the student."""
+    pipelines = load_pipelines(Path(args.teacher), student)
+    judge, scale = Judge(args.num_prompts, 2026 + seed), args.guidance_scale
     renders = render(judge.scenes, random.Random(judge.seed + 1))
     right, by_category = accuracy(judge.scenes, renders)
     rows = [{"pipeline": "renders", "accuracy": right, "accuracy_by_category": by_category, "fid": judge.fid(renders)}]
-    cases = [("teacher", 28, scale) for scale in sorted({guidance_scale, *references})]
-    for name, num_steps, scale in [*cases, *few_step_cases(guidance_scale)]:
-        rows.append(judge(name, pipelines[name], num_steps, scale))
+    slow = [("teacher", 28, reference) for reference in sorted({scale, *args.reference_guidance_scales})]
+    for name, num_steps, guidance in [*slow, *few_step_cases(scale, own_steps(student))]:
+        rows.append(judge(name, pipelines[name], num_steps, guidance))
         figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
-        print(f"  {name}, {num_steps} steps, guidance {scale:g}: {figures}", flush=True)
+        print(f"  {name}, {num_steps} steps, guidance {guidance:g}: {figures}", flush=True)
     return rows
 
 
@@ -116,19 +129,10 @@ def main():
     for seed in args.seeds:
         folder = Path(args.output_dir).resolve() / f"seed-{seed}"
         minutes = train(folder / "run", args, [*more, "--seed", str(seed)])
+        print(f"seed {seed}: {minutes:.1f} minutes", flush=True)
         settings = {"num_prompts": args.num_prompts, "guidance_scales": args.reference_guidance_scales}
-        judged = folder / "report.json"
-        report = json.loads(judged.read_text()) if judged.exists() else {}
-        if report.get("settings") != settings:
-            print(f"seed {seed}: {minutes:.1f} minutes; judging {args.num_prompts} fresh prompts ...", flush=True)
-            pipelines = load_pipelines(Path(args.teacher), folder / "run" / "student")
-            judge = Judge(args.num_prompts, 2026 + seed)
-            report = {
-                "settings": settings,
-                "rows": judge_seed(judge, pipelines, args.guidance_scale, args.reference_guidance_scales),
-            }
-            judged.write_text(json.dumps(report))
-        rows += [row | {"seed": seed} for row in report["rows"]]
+        judge = functools.partial(judge_seed, args, seed, folder / "run" / "student")
+        rows += [row | {"seed": seed} for row in judged_once(folder / "report.json", settings, judge)]
     save_report(rows, args.results)
     table = summarize(rows)
     for document in args.documents:

@@ -3,9 +3,11 @@
 """Arguments of the adversarial stage, and of the student that it goes on with."""
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.training.arguments import fill_in
 
 
 DEFAULTS = {  # of the authors' release; here, since a run without the stage has none of them
+    "discriminator_features": None,
     "discriminator_weight": 1.0,
     "adversarial_weight": 0.5,
     "discriminator_warmup_images": 20_000,
@@ -64,14 +66,10 @@ def check_adversarial_arguments(args) -> None:
     Raises:
         UserError: for arguments that need another, or cannot be meant.
     """
+    otherwise = "is of the adversarial stage: give --adversarial too, or leave it out."
+    fill_in(args, DEFAULTS, wanted=args.adversarial, otherwise=otherwise)
     if not args.adversarial:
-        for name in ("discriminator_features", *DEFAULTS):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} is of the adversarial stage: give --adversarial too, or leave it out.")
         return
-    for name, default in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
     if not args.student_model_name_or_path:
         raise UserError(
             "--adversarial goes on with a student that was distilled without images: name it with "

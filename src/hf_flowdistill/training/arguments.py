@@ -89,6 +89,21 @@ def image_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
+def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:
+    """Give the arguments in `defaults` their defaults where they are None, in place; where they are not `wanted`,
+    refuse any that is given.
+
+    Raises:
+        UserError: with the name of that argument and `otherwise`, the rest of the sentence.
+    """
+    for name, default in defaults.items():
+        given = getattr(args, name) is not None
+        if given and not wanted:
+            raise UserError(f"--{name} {otherwise}")
+        if wanted and not given:
+            setattr(args, name, default)
+
+
 def check_output_dir(output_dir, argument: str = "--output_dir") -> None:
     """Raise `UserError` unless `output_dir` is a folder that can be written to, or can be made."""
     path = Path(output_dir).absolute()

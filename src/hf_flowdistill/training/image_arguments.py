@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.training.arguments import check_output_dir
+from hf_flowdistill.training.arguments import check_output_dir, fill_in
 
 
 DEFAULTS = {  # here, since a run without images has none of them
@@ -48,14 +48,10 @@ def check_image_arguments(args) -> None:
     Raises:
         UserError: they are given without `--adversarial`, or that without a dataset; a part is smaller than an update.
     """
+    otherwise = "is of the images of --adversarial: give that too, or leave it out."
+    fill_in(args, DEFAULTS, wanted=args.adversarial, otherwise=otherwise)
     if not args.adversarial:
-        for name in DEFAULTS:
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} is of the images of --adversarial: give that too, or leave it out.")
         return
-    for name, default in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
     if not args.dataset_name:
         raise UserError("--adversarial needs images with captions: name a text-image set with --dataset_name.")
     update = args.train_batch_size * args.gradient_accumulation_steps

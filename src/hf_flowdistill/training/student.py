@@ -39,7 +39,7 @@ def check_student(path, teacher, *, revision=None, cache_dir=None) -> None:
             )
 
 
-def load_student(path, generator: torch.nn.Module, transformer: torch.nn.Module, sharding, *, cache_dir=None) -> None:
+def load_weights(path, generator: torch.nn.Module, transformer: torch.nn.Module, sharding, *, cache_dir=None) -> None:
     """Give `generator` the weights of the student at `path`; a role gets those of the student's LoRA file.
 
     Every process calls this. Of a sharded generator's weights only the main process reads the file.
