@@ -15,6 +15,7 @@ from training_helpers import (
     metrics,
     networks_in,
     prompt_file,
+    reset_accelerate,
     run_here,
     saved_student,
     saved_teacher,
@@ -135,4 +136,13 @@ def test_arguments_that_cannot_be_meant(arguments, refused):
 def test_a_module_that_is_none_is_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="--discriminator_features out is no module of SD3Transformer2DModel"):
         run_here(*adversarial(tmp_path / "run", discriminator_features="out"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_it_leaves_out(tmp_path, capsys):
+    write_image_set(tmp_path / "set", "imagefolder", 4)
+    reset_accelerate()
+    train_sid_dit.main(adversarial(tmp_path / "run", "--dry_run", dataset_name=tmp_path / "set"))
+    printed = capsys.readouterr().out
+    assert "not in it: the pass of the real images" in printed and "images: 8 in 2 updates" in printed
     assert not (tmp_path / "run").exists()

@@ -395,6 +395,8 @@ def plan(args, prompts, accelerator):
         )
     except NotImplementedError as error:
         peak = [f"the peak is not known without the weights ({first_line(error)})"]
+    if args.adversarial:
+        peak.append("not in it: the pass of the real images, half of the fake score's activations again")
     print(
         describe_plan(
             args.pretrained_model_name_or_path,
