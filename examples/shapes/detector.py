@@ -35,6 +35,11 @@ def _hue(rgb):
 _HUES = _hue(np.array(list(COLOURS.values())))
 
 
+def nearest_colour(rgb: np.ndarray) -> np.ndarray:
+    """Number in `COLOURS` of the colour whose hue is nearest to that of RGB values [..., 3], [...]."""
+    return np.abs(np.angle(np.exp(1j * (_hue(rgb)[..., None] - _HUES)))).argmin(-1)
+
+
 def _name(blob: np.ndarray, x: float, y: float) -> tuple[str, float]:
     """The ideal shape of the blob's area and centre that covers it best, and its overlap (intersection over union)."""
     best = ("unknown", 0.0)
@@ -50,8 +55,7 @@ def detect(image: torch.Tensor) -> list[Placed]:
     """Objects of a picture [3, H, W] in [0, 1]; a blob that fits no shape has shape "unknown"."""
     rgb = image.float().permute(1, 2, 0).numpy()
     coloured = rgb.max(-1) - rgb.min(-1) > MIN_CHROMA
-    difference = np.abs(np.angle(np.exp(1j * (_hue(rgb)[..., None] - _HUES))))
-    nearest = difference.argmin(-1)
+    nearest = nearest_colour(rgb)
     found = []
     for index, colour in enumerate(COLOURS):
         blobs, count = ndimage.label(coloured & (nearest == index))

@@ -1,0 +1,110 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Have the colours drifted? Background and objects of a student's pictures beside those of its teacher's.
+
+    python examples/shapes/colours.py --students demo/run/student
+
+Of the same fresh prompts, pictures of the teacher at 28 steps, of the students, and real renders. Objects are told
+from the background by their colour, as the detector does, without the pixel at their edges. Prints a table, and puts
+it into the --documents, between two marked lines. Of several students it has the mean.
+"""
+
+import argparse
+import random
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from demo import CALL, HERE, REPOSITORY, load_pipelines
+from detector import MIN_CHROMA, nearest_colour
+from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.evaluation.generate import generate
+from hf_flowdistill.evaluation.report import format_cells
+from hf_flowdistill.training.arguments import silence_libraries
+from scenes import CATEGORIES, COLOURS, random_scene, render
+from table import check_documents, insert
+
+
+MARKS = ("<!-- table of colours.py -->", "<!-- end of the colours -->")
+CHANNELS = ("red", "green", "blue")
+
+
+def measure(images: torch.Tensor) -> dict[str, float]:
+    """Means and standard deviations of pictures [N, 3, H, W] in [0, 1]: of the background's brightness, from pixel to
+    pixel and from picture to picture; and of each colour's pixels, by channel."""
+    grey, within, pixels = [], [], {name: [] for name in COLOURS}
+    for image in images.float().permute(0, 2, 3, 1).numpy():
+        coloured = image.max(-1) - image.min(-1) > MIN_CHROMA
+        behind = ~ndimage.binary_dilation(coloured, iterations=2)
+        inside = ndimage.binary_erosion(coloured)
+        if behind.any():
+            grey.append(image[behind].mean())
+            within.append(image[behind].mean(-1).std())
+        nearest = nearest_colour(image)
+        for index, name in enumerate(COLOURS):
+            pixels[name].append(image[inside & (nearest == index)])
+    found = {
+        "background, mean": np.mean(grey),
+        "background, spread in a picture": np.mean(within),
+        "background, spread between pictures": np.std(grey),
+    }
+    for name, parts in pixels.items():
+        values = np.concatenate(parts)
+        found |= {f"{name} objects, {channel}": values[:, i].mean() for i, channel in enumerate(CHANNELS)}
+        found[f"{name} objects, spread"] = values.std(0).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+def tabulate(renders: dict, teacher: dict, students: list[dict]) -> str:
+    """What was measured, and the students' mean over the teacher's."""
+    lines = [["", "renders", "teacher, 28 steps", "student, 4 steps", "student / teacher"]]
+    for name in teacher:
+        student = statistics.mean(one[name] for one in students)
+        figures = (f"{value:.3f}" for value in (renders[name], teacher[name], student))
+        lines.append([name, *figures, f"{student / teacher[name]:.2f}"])
+    return format_cells(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--students", nargs="+", default=["demo/run/student"], metavar="DIR", help="of make demo, e.g."
+    )
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    parser.add_argument("--num_prompts", type=int, default=1000, help="freshly drawn prompts")
+    parser.add_argument("--seed", type=int, default=2026, help="of these prompts and their pictures")
+    parser.add_argument(
+        "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
+    )
+    args = parser.parse_args()
+    if args.num_prompts < len(CATEGORIES) * 10:
+        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    for student in args.students:
+        if not Path(student, "model_index.json").is_file():
+            raise UserError(f"{student} is no student: `make demo` makes one, or name another with --students.")
+    check_documents(args.documents, MARKS)
+    silence_libraries()
+    rng = random.Random(args.seed)
+    scenes = [random_scene(rng) for _ in range(args.num_prompts)]
+
+    def draw(pipeline, num_steps, guidance_scale):
+        settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "seed": args.seed}
+        return measure(generate(pipeline, [scene.prompt for scene in scenes], **settings, **CALL).images)
+
+    pipelines = [load_pipelines(Path(args.teacher), Path(student)) for student in args.students]
+    table = tabulate(
+        measure(render(scenes, rng)),
+        draw(pipelines[0]["teacher"], 28, args.guidance_scale),
+        [draw(loaded["student"], 4, 1.0) for loaded in pipelines],
+    )
+    for document in args.documents:
+        insert(table, Path(document), MARKS)
+    print(table)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)()
