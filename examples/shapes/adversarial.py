@@ -4,10 +4,10 @@
 
     make shapes-adversarial     # after make demo, whose student it goes on with
 
-Stages: on renders as the teacher has learned to draw; on renders with both adversarial terms off, which tells what
-training on alone does; and, with the first seed only, since one shows it, on posters, the same kind of scenes in
-another style. The students before and after are judged on fresh prompts: by the detector, and by the FID to renders
-and to posters. A student that drifts to the style of the images comes closer to the posters and leaves the renders.
+Every seed has a stage on renders as the teacher has learned to draw. The first has two more: on renders with both
+adversarial terms off, which tells what training on alone does, and on posters, the same kind of scenes in another
+style. The students before and after are judged on fresh prompts: by the detector, and by the FID to renders and to
+posters. A student that drifts to the style of the images comes closer to the posters and leaves the renders.
 
 Writes images/ and seed-N/ (the trainings, and their rows) in --output_dir, all rows to --results, and their means and
 standard deviations as a table into the --documents, between two marked lines. Run again after an interruption, it goes
@@ -44,7 +44,7 @@ STAGES = {  # name -> style of the images, more arguments of the training
     "without the adversarial terms": ("own", ["--adversarial_weight", "0", "--discriminator_weight", "0"]),
     "on posters": ("poster", []),
 }
-OF_ONE_SEED = ("on posters",)
+EVERY_SEED = ("on renders",)
 
 
 def image_folder(output: Path, style: str, images: int) -> Path:
@@ -160,7 +160,7 @@ def main():
     output, rows = Path(args.output_dir).resolve(), []
     for seed, student in students.items():
         folder, after = output / f"seed-{seed}", {}
-        stages = [name for name in args.stages if seed == args.seeds[0] or name not in OF_ONE_SEED]
+        stages = [name for name in args.stages if seed == args.seeds[0] or name in EVERY_SEED]
         for name in stages:
             style, settings = STAGES[name]
             images = image_folder(output, style, args.images)
