@@ -72,6 +72,17 @@ def test_drift_is_in_units_of_the_teacher():
     )
 
 
+def test_a_discriminator_that_wins_is_told_once_its_term_is_in_the_loss():
+    generator = {"x0_mean": 0.1, "x0_std": 0.5, "x0_peak": 2.0, "fake_score_error": 0.2}
+    record = TEACHER | generator | {"real_accuracy": 0.97, "fake_accuracy": 0.95, "k": 4}
+    averages, told = {}, []
+    for update in range(60):
+        record |= {"images_seen": update} | ({"adversarial_loss": 1.0} if update >= 30 else {})
+        told += watch(record | drift(record), averages, num_steps=4)
+    assert len(told) == 1 and told[0].startswith("54 images: told_apart of sampler step 4 is 0.95")
+    assert drift(record | {"fake_accuracy": 0.4})["told_apart"] == 0.4
+
+
 def test_a_monitor_that_leaves_its_range_is_told_once():
     """The overshoot comes after 30 updates, goes after 30 more, and comes again."""
     averages, told = {}, []

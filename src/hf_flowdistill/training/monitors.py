@@ -15,13 +15,15 @@ from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 
-NORMAL = {  # monitor, averaged: (lowest, highest)
-    "latent_shift": (-0.5, 0.5),
-    "latent_spread": (0.5, 1.4),
-    "latent_peak": (0.5, 1.4),
-    "fake_score_lag": (0.0, 1.75),
+OUTRUN = "the generator may be outrunning the fake score; try a lower --learning_rate"
+WON = "the images are of another kind than the student's, which will take on theirs; look at both, or stop here"
+NORMAL = {  # monitor, averaged: (lowest, highest, what to do outside)
+    "latent_shift": (-0.5, 0.5, OUTRUN),
+    "latent_spread": (0.5, 1.4, OUTRUN),
+    "latent_peak": (0.5, 1.4, OUTRUN),
+    "fake_score_lag": (0.0, 1.75, OUTRUN),
+    "told_apart": (0.0, 0.9, WON),
 }
-ADVICE = "the generator may be outrunning the fake score; try a lower --learning_rate"
 AVERAGED_UPDATES = 25  # of one sampler step
 
 
@@ -82,14 +84,17 @@ def drift(record: dict) -> dict[str, float]:
     "latent_shift" is the distance of the means in units of the teacher's standard deviation; "latent_spread" and
     "latent_peak" are ratios of standard deviations and of peaks, 1 for a perfect student; "fake_score_lag" is the fake
     score's loss on the generator's samples over the teacher's own on its samples: it grows when the generator outruns
-    the fake score.
+    the fake score. Where the adversarial term has begun, "told_apart" is the share of logits on the right side, of
+    real or of fake images, whichever is less: near 1 the discriminator has won.
     """
     teacher = {name: record[f"teacher_latent_{name}"] for name in ("mean", "std", "peak")}
+    won = {"told_apart": min(record["real_accuracy"], record["fake_accuracy"])} if "adversarial_loss" in record else {}
     return {
         "latent_shift": (record["x0_mean"] - teacher["mean"]) / teacher["std"],
         "latent_spread": record["x0_std"] / teacher["std"],
         "latent_peak": record["x0_peak"] / teacher["peak"],
         "fake_score_lag": record["fake_score_error"] / record["teacher_error"],
+        **won,
     }
 
 
@@ -101,8 +106,8 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
     changed in place.
     """
     sentences = []
-    for name, (low, high) in NORMAL.items():
-        if not math.isfinite(record[name]):
+    for name, (low, high, advice) in NORMAL.items():
+        if not math.isfinite(record.get(name, math.nan)):
             continue
         average = averages.setdefault(f"{name} of step {record['k']}", {"mean": 0.0, "count": 0, "normal": True})
         average["count"] += 1
@@ -111,7 +116,7 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
         normal = normal or average["count"] < AVERAGED_UPDATES
         if average["normal"] and not normal:
             found = f"{name} of sampler step {record['k']} is {average['mean']:.2f}, normally {low:g} to {high:g}"
-            sentences.append(f"{record['images_seen']} images: {found}: {ADVICE}")
+            sentences.append(f"{record['images_seen']} images: {found}: {advice}")
         average["normal"] = normal
     return sentences
 
