@@ -259,6 +259,17 @@ def test_what_cannot_be_found_is_refused_or_named():
     assert not pipeline.transformer.write._forward_hooks and not pipeline.transformer._forward_hooks
 
 
+@pytest.mark.parametrize(
+    "module", ["norm_out.linear", "transformer_blocks.1", "transformer_blocks.1.norm1", "pos_embed"]
+)
+def test_a_module_that_sees_no_image_tokens_is_refused(module):
+    """Among them the modulation of the last norm, whose input is the time and the text, for all latents the same."""
+    case = learned("sd3")
+    with pytest.raises(UserError, match=f"--discriminator_features {module} does not hold them"):
+        find_projection(case.pipeline, case.contract, module)
+    assert find_projection(case.pipeline, case.contract, "proj_out") == "proj_out"
+
+
 # --------------------------------------------------------------------------------------------------------------- turns
 
 

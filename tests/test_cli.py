@@ -54,7 +54,7 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
     whole = printed(capsys, *plan, "--memory=80")
     choices = json.loads(file.read_text())
     rows = [line for line in whole if line.startswith(("| full ", "| lora ", "| lora_fake "))]
-    of_networks, of_loras, of_quantized = 2 * 3 * 3, 2 * 2 * 3, 2 * 3  # precisions, shardings, checkpointing
+    of_networks, of_loras, of_quantized = 3 * 3 * 3, 2 * 2 * 3, 2 * 3  # precisions, shardings, checkpointing
     assert len(choices) == len(rows) == 2 * of_networks + of_loras + of_quantized
     assert all(choice["fits"] for choice in choices)
     commands = [line for line in whole if line.startswith("accelerate launch -q --multi_gpu --num_processes 2 ")]
@@ -74,7 +74,9 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
         )
         parts, halves = none["peak"]["components"], full["peak"]["components"]
         assert halves["generator"] == parts["generator"] / 2
-        assert set(waiting["peak"]["components"]) == {"teacher", "activations", "gathered"}
+        networks = "teacher", "generator", "fake score", "average of the generator"
+        stays = {"teacher", "activations", "gathered", *(f"{name} (buffers)" for name in networks)}
+        assert set(waiting["peak"]["components"]) == stays
         assert none["main_memory"] == full["main_memory"] == 0 < waiting["main_memory"]
         assert none["peak_bytes"] == sum(parts.values())
         some = find("generator, fake score", precision=precision, sharding="none")["peak"]["components"]
@@ -82,12 +84,15 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
         assert parts["activations"] <= some["activations"] < saved["activations"]
     half, whole = (find("all", precision=one, sharding="none")["peak"]["components"] for one in ("BF16", "AMP"))
     assert half["teacher"] == whole["teacher"] / 2
+    nearest = find("all", precision="BF16, nearest", sharding="none")["peak"]["components"]
+    assert half["Adam's moments"] == 2 * nearest["Adam's moments"]
 
     # adapters are whole in every process, what they are on is not
     alone, shared = (
         find("all", "lora", precision="BF16", sharding=sharding)["peak"]["components"] for sharding in ("none", "full")
     )
     assert alone["teacher"] == half["teacher"] == 2 * shared["teacher"]
+    assert alone["teacher (buffers)"] == shared["teacher (buffers)"] > 0
     assert alone["generator (LoRA)"] == shared["generator (LoRA)"]
     teachers = {base: find("all", "lora", base, sharding="none", precision="BF16") for base in ("8bit", "nf4")}
     small, smaller = (teachers[base]["peak"]["components"]["teacher"] for base in ("8bit", "nf4"))
@@ -102,7 +107,9 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
         (["--gpus=0"], "--gpus is 0: it must be above 0."),
         (["--memory=-1"], "--memory is -1: it must be above 0."),
         (["--train_batch_size", "2", "0"], "--train_batch_size is 0: it must be above 0."),
-        (["--output_file=no/such/place.json"], "--output_file no/such/place.json is in no folder that exists."),
+        (["--output_file=/no/such/place.json"], "--output_file /no/such/place.json is in no folder that exists."),
+        (["--output_file=/"], "--output_file / cannot be written: name another file."),
+        (["--guidance_mode=both", "--resolution=32"], "embeds no guidance scale: its guidance mode must be cfg."),
         (["--resolution=36"], "have to be divisible by 8 but are 36 and 36"),
     ],
 )

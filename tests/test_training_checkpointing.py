@@ -13,6 +13,7 @@ from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.checkpoint_files import tensors_of
 from hf_flowdistill.training.checkpointing import (
     check_same_run,
+    checkpoints,
     find_resume,
     latest_checkpoint,
     load_checkpoint,
@@ -20,6 +21,7 @@ from hf_flowdistill.training.checkpointing import (
     read_state,
     remove_unfinished,
     save_checkpoint,
+    set_aside_later,
     write_run,
 )
 from hf_flowdistill.training.distributed import whole
@@ -269,3 +271,33 @@ def test_a_kill_while_the_oldest_is_deleted_leaves_no_half_checkpoint(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 12, total_limit=1)
     assert [path.name for path in checkpointing.checkpoints(tmp_path)] == ["checkpoint-12"]
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
+    """Else the limit would delete the new way's first checkpoint, and "latest" would be on the old way."""
+    for images in (100, 200, 300):
+        save(tmp_path, images)
+    set_aside_later(tmp_path, 100)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100"]
+    path = save(tmp_path, 150, total_limit=1)
+    assert find_resume(tmp_path, "latest") == path
+    names = {"checkpoint-150", "checkpoint-200.abandoned", "checkpoint-300.abandoned"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_record_that_could_not_be_written_whole_is_none(tmp_path, monkeypatch):
+    """A full disk or a kill while run.json is written leaves a folder where the same command starts again."""
+
+    def half(path, text):
+        with open(path, "w") as file:
+            file.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(type(tmp_path), "write_text", half)
+        with pytest.raises(OSError, match="No space"):
+            write_run(tmp_path, {"seed": 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json.tmp"]
+    assert read_run(tmp_path, resume=True) == read_run(tmp_path, resume=False) == []
+    write_run(tmp_path, {"seed": 0})
+    assert read_run(tmp_path, resume=True) == [{"seed": 0}]

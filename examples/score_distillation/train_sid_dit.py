@@ -389,7 +389,7 @@ def plan(args, prompts, accelerator):
             sharding=args.sharding,
             cpu_offload=args.cpu_offload,
             **dict(zip(("height", "width"), largest)),
-            guidance_mode=args.guidance_mode,
+            guidance={name: value for name, value in vars(args).items() if "guidance_" in name},
             pipeline_kwargs=args.pipeline_kwargs,
             **origin,
         )
@@ -514,6 +514,7 @@ def main(input_args=None):
         run.state["teacher"] = [measure_teacher(use_bucket(run, i)) for i in range(len(run.buckets))]
     else:
         run.state = checkpointing.load_checkpoint(checkpoint, **run.saved)
+        checkpointing.set_aside_later(args.output_dir, run.state["images_seen"])
         logger.info(f"going on from {checkpoint}")
     run.state |= monitors.describe_hardware(accelerator)
 
@@ -867,7 +868,7 @@ def validate(run):
     if not run.accelerator.is_main_process:
         return
     with on_device(run):
-        images = decode(run.pipeline, run.contract, torch.cat(latents))
+        images = decode(run.pipeline, run.contract, torch.cat(latents), batch_size=1)  # beside all networks
     sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
     size = f"{run.contract.height}x{run.contract.width}" if args.aspect_ratio_buckets else ""
     monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", size), run.state["images_seen"])

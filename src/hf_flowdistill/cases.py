@@ -3,18 +3,20 @@
 """One way of training a teacher, and the memory that it takes on one process: while it trains and before."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.memory_tracker import Peak
 from hf_flowdistill.methods.sid import SiDConfig
 from hf_flowdistill.networks import Networks, RoleSettings, sharding_units
 from hf_flowdistill.planning import count
 from hf_flowdistill.quantized_sizes import Adam8bitSizes
-from hf_flowdistill.rehearsal import LORA, embeds_guidance, rehearse, rehearse_blocks, stand_in_contract
+from hf_flowdistill.rehearsal import BUFFERS, LORA, embeds_guidance, rehearse, rehearse_blocks, stand_in_contract
 from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.startup import Start, measure_start
 from hf_flowdistill.teachers.contract import Contract
@@ -39,8 +41,8 @@ SHARDINGS = {  # with the arguments of the training script
     "full": Sharding("--sharding full", True, False),
     "full, offloaded": Sharding("--sharding full --cpu_offload", True, True),
 }
-STAYING = ("teacher", "activations")  # on the accelerator, where the rest is offloaded; so do adapters
-WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters
+STAYING = ("teacher", "activations")  # on the accelerator, where the rest is offloaded; so do adapters and buffers
+WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters and buffers
 
 
 class Stage(NamedTuple):
@@ -52,14 +54,26 @@ class Stage(NamedTuple):
     start: Start
 
     @classmethod
-    def of(cls, path, *, height: int, width: int, guidance_mode=None, pipeline_kwargs=None, **origin) -> "Stage":
-        """Of the teacher at `path`; arguments and errors as for `choices.list_choices`."""
+    def of(cls, path, *, height: int, width: int, guidance=None, pipeline_kwargs=None, **origin) -> "Stage":
+        """Of the teacher at `path`; arguments and errors as for `choices.list_choices`.
+
+        Args:
+            guidance: scales and modes, fields of `SiDConfig`; a mode that is None is that of the teacher, and the
+                teacher's is then "embedded" where the transformer embeds a scale, or else "cfg".
+        """
         size, transformer = {"height": height, "width": width}, load_skeleton(path, **origin).transformer
         shapes = measure_shapes(load_skeleton(path, **origin), **size, pipeline_kwargs=pipeline_kwargs)
         contract = stand_in_contract(shapes, **size)
-        mode = guidance_mode or ("embedded" if embeds_guidance(contract) else "cfg")
-        config = SiDConfig(guidance_mode=mode, fake_guidance_mode=mode)
-        return cls(transformer, contract, config, measure_start(shapes, transformer))
+        embeds = embeds_guidance(contract)
+        given = {name: value for name, value in (guidance or {}).items() if value is not None}
+        given.setdefault("guidance_mode", "embedded" if embeds else "cfg")
+        given.setdefault("fake_guidance_mode", given["guidance_mode"])
+        for mode in (given["guidance_mode"], given["fake_guidance_mode"]):
+            if mode != "cfg" and not embeds:
+                raise UserError(
+                    f"{type(transformer).__name__} embeds no guidance scale: its guidance mode must be cfg."
+                )
+        return cls(transformer, contract, SiDConfig(**given), measure_start(shapes, transformer))
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,8 @@ class Case:
             if kind.shards:
                 gathered = self._gathered(stage.transformer)
                 peak = Peak(peak.when, {**peak.components, "gathered": gathered})
-                start = start.beside(4 * sum(count(stage.transformer)) / gpus)
+                parameters, others = count(stage.transformer)
+                start = start.beside(4 * (parameters / gpus + others))
             rows.append((peak, start, waiting.bytes))
         return rows
 
@@ -140,10 +155,12 @@ def describe_peak(path, case: Case, *, processes: int, sharding: str, cpu_offloa
     kind = "none" if sharding == "none" else "full, offloaded" if cpu_offload else "full"
     stage = Stage.of(path, **stage)
     ((peak, start, _),) = case.memory(stage, processes, [kind])
-    parts = sorted(peak.components.items(), key=lambda item: -item[1])
+    parts = Counter()
+    for name, size in peak.components.items():
+        parts[name.removesuffix(BUFFERS)] += size
     return [
         f"rehearsed, each process takes at its peak, the {peak.when}:",
-        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts, ("together", peak.bytes)]),
+        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts.most_common(), ("together", peak.bytes)]),
         f"before training, with room for the text encoders: {start.bytes(float('inf')) / 1e9:,.2f} GB; without: "
         f"{start.bytes(0) / 1e9:,.2f} GB",
     ]
@@ -153,10 +170,10 @@ def _shares(gpus: int, kind: Sharding, where: str) -> Callable[[str], float]:
     """The share of a component that one process has on its accelerator, or in main memory."""
 
     def share(component):
-        adapter = component.endswith(LORA)
-        stays = not kind.offloaded or component in STAYING or adapter
+        whole = component.endswith((LORA, BUFFERS))
+        stays = not kind.offloaded or component in STAYING or whole
         if stays != (where == "accelerator"):
             return 0.0
-        return 1 / gpus if kind.shards and component not in WHOLE and not adapter else 1.0
+        return 1 / gpus if kind.shards and component not in WHOLE and not whole else 1.0
 
     return share

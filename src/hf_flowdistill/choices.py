@@ -3,6 +3,7 @@
 """Which ways of training a teacher fit on given accelerators: every choice rehearsed, as a table."""
 
 import itertools
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from hf_flowdistill.cases import SHARDINGS, Case, Precision, Stage
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.memory_tracker import Peak
 from hf_flowdistill.networks import ROLES, RoleSettings
-from hf_flowdistill.rehearsal import LORA
+from hf_flowdistill.rehearsal import BUFFERS, LORA
 from hf_flowdistill.startup import Start
 
 
@@ -21,7 +22,7 @@ from hf_flowdistill.startup import Start
 AMP = Precision("--mixed_precision bf16", torch.float32, True)
 BF16 = Precision("--weight_dtype bfloat16", torch.bfloat16, False)
 NEAREST = Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False)
-WHOLE_NETWORKS, QUANTIZED = {"AMP": AMP, "BF16": NEAREST}, {"BF16": BF16}
+WHOLE_NETWORKS, QUANTIZED = {"AMP": AMP, "BF16": BF16, "BF16, nearest": NEAREST}, {"BF16": BF16}
 BASES = {  # --networks -> base of the adapters -> precisions
     "full": {"none": WHOLE_NETWORKS},
     "lora_fake": {"none": WHOLE_NETWORKS},
@@ -115,9 +116,8 @@ def list_choices(
         UserError: as `load_skeleton` and `measure_shapes`.
         NotImplementedError: as `measure_shapes`, or from a network that asks for the values of a tensor.
     """
-    stage = Stage.of(
-        path, height=height, width=width, guidance_mode=guidance_mode, pipeline_kwargs=pipeline_kwargs, **origin
-    )
+    guidance = {"guidance_mode": guidance_mode}
+    stage = Stage.of(path, height=height, width=width, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
     rows = [
         (name, base, precision, checkpointed, batch_size, cached)
         for name in networks
@@ -133,7 +133,8 @@ def list_choices(
         shardings = [
             kind for kind in _shardings(gpus, name, base) if not settings.autocast or SHARDINGS[kind].shards != cached
         ]
-        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout)
+        rounding = "nearest" if settings is NEAREST else "stochastic"
+        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout, rounding)
         flags = (
             f"--networks {name}" if name != "full" else "",
             f"--rank {rank}" if name != "full" and rank != RoleSettings.rank else "",
@@ -162,10 +163,11 @@ def _shardings(gpus: int, networks: str, base: str) -> list[str]:
 def _command(path, gpus: int, flags: str) -> str:
     launch = "accelerate launch -q" + (f" --multi_gpu --num_processes {gpus}" if gpus > 1 else "")
     script = "examples/score_distillation/train_sid_dit.py"
-    return f"{launch} {script} --pretrained_model_name_or_path {path} --prompt_file prompts.txt {flags}"
+    teacher = f"--pretrained_model_name_or_path {shlex.quote(str(path))}"
+    return f"{launch} {script} {teacher} --prompt_file prompts.txt {flags}"
 
 
-COMPONENTS = {  # a column -> the components in it, those of LoRAs too
+COMPONENTS = {  # a column -> the components in it, those of LoRAs and buffers too
     "networks": ("teacher", "generator", "fake score"),
     "average": ("average of the generator",),
     "Adam": ("Adam's moments", "update"),
@@ -186,7 +188,7 @@ def format_choices(choices: Sequence[Choice]) -> str:
     for choice in choices:
         parts = Counter()
         for name, size in choice.peak.components.items():
-            parts[name.removesuffix(LORA)] += size
+            parts[name.removesuffix(LORA).removesuffix(BUFFERS)] += size
         lines.append(
             [
                 *(choice.networks, choice.base_quantization, choice.precision, choice.sharding),

@@ -87,13 +87,13 @@ def find_projection(pipeline, contract: Contract, name: str | None = None) -> st
 
     Args:
         name: a module to take instead. Then anything may follow it that keeps samples apart; its input and its output
-            must be tokens, [..., channels], in the same places.
+            must be tokens, [..., channels], in the same places, and the input must depend on the latents.
 
     Raises:
         UserError: there is no such layer, or the module called `name` is none whose input can be the features.
     """
     transformer = pipeline.transformer
-    where, found = type(transformer).__name__, []
+    where, found, hidden = type(transformer).__name__, [], []
     modules = dict(transformer.named_modules())
     linear = [key for key, module in modules.items() if isinstance(module, torch.nn.Linear)]
     if name is not None and name not in modules:
@@ -111,16 +111,22 @@ def find_projection(pipeline, contract: Contract, name: str | None = None) -> st
             velocity = contract.velocity_from_output(first_output(output))
             fits = _are_tokens if name else _is_reshaped
             found.append([key for key in called if calls[key] and fits(velocity, calls[key])])
+            if name in found[-1]:
+                hidden.extend(source.detach().clone() for source, _ in calls[name])
 
         with _watched(transformer, called, read, cut=True):
             contract.velocity(transformer, *inputs)
+            if name:
+                contract.velocity(transformer, -noise, *inputs[1:])
     fitting = [key for key in called if all(key in of_call for of_call in found)]
+    if name and fitting and all(map(torch.equal, hidden, hidden[len(hidden) // 2 :])):  # it sees the texts or the time
+        fitting = []
     if fitting:
         return fitting[-1]
     if name is not None:
         raise UserError(
             f"--discriminator_features {name} does not hold them: the input and the output of that module of {where} "
-            "must be tokens, some of which make the image."
+            "must be tokens that depend on the latents, and some of which make the image."
         )
     raise UserError(
         f"{contract.pipeline_class} has no discriminator features that can be found: none of the last linear layers "
@@ -156,6 +162,9 @@ def _watched(network, names: list[str], read: Callable, *, cut: bool = False):
     calls: dict[str, list] = {name: [] for name in names}
 
     def keep(name, module, args, output):
+        if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):  # of a module that was named
+            calls[name].append((None, output))
+            return output
         if cut:
             torch.set_grad_enabled(True)
         if cut or not output.requires_grad:  # the latter of a frozen network and an input without gradient

@@ -47,7 +47,8 @@ def training_memory(
 
     Args:
         roles, bf16_rounding, use_8bit_adam: as for `Networks.from_teacher` and `build_optimizer`.
-        shards: over how many processes each network is sharded; adapters are whole on each.
+        shards: over how many processes each network is sharded; adapters are whole on each, and so are values that are
+            not trained.
 
     Raises:
         UserError: as `linear_layers`.
@@ -57,10 +58,10 @@ def training_memory(
     adapter = _Trained("adapter of the {}", _adapter_sizes(transformer, roles), 0, torch.float32)
     kinds = {"full": (whole, whole), "lora_fake": (whole, adapter), "lora": (adapter, adapter)}[roles.networks]
     trained = dict(zip(("generator", "fake score"), kinds))
-    teacher = (_name(dtype), (parameters + others) * dtype.itemsize / shards)
+    teacher = (_name(dtype), (parameters / shards + others) * dtype.itemsize)
     if roles.base_quantization != "none":
         teacher = (roles.base_quantization, _quantized_size(transformer, dtype, roles.base_quantization))
-    values = [(sum(kind.sizes) + kind.others) / kind.shards for kind in kinds]
+    values = [sum(kind.sizes) / kind.shards + kind.others for kind in kinds]
     weights = [
         (kind.name.format(name), _name(kind.dtype), size * kind.dtype.itemsize)
         for (name, kind), size in zip(trained.items(), values)
@@ -231,12 +232,19 @@ def describe_memory(
 ) -> list[str]:
     """Lines: the rows of `training_memory`, and their sum.
 
-    With `cpu_offload`, what belongs to networks that are trained whole is listed apart, as in main memory.
+    With `cpu_offload`, what belongs to networks that are trained whole is listed apart, as in main memory, but for
+    their values that are not trained.
     """
     rows = training_memory(transformer, dtype, roles, shards, **settings)
     stays = "teacher" if roles.networks == "full" else ("teacher", "adapter", "Adam's moments of the fake score")
     waiting = [row for row in rows if cpu_offload and not row[0].startswith(stays)]
     rows = [row for row in rows if row not in waiting]
+    others = count(transformer)[1]
+    if waiting and others:
+        sizes = {"generator": dtype.itemsize, "fake score": dtype.itemsize, "average of the generator": 4}
+        staying = [others * sizes.get(what, 0) for what, *_ in waiting]
+        waiting = [(what, name, size - stays) for (what, name, size), stays in zip(waiting, staying)]
+        rows.append(("buffers", "", sum(staying)))
     if shards > 1 or cpu_offload:
         units = [count(unit)[0] for unit in sharding_units(transformer)]
         gathered = count(transformer)[0] - sum(units) + 2 * max(units, default=0)  # the next while one is computed

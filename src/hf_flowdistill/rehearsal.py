@@ -26,7 +26,7 @@ from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract
 
 
-LORA = " (LoRA)"  # at the end of a component's name
+LORA, BUFFERS = " (LoRA)", " (buffers)"  # at the end of a component's name
 
 
 def stand_in_contract(shapes: Shapes, *, height: int, width: int) -> Contract:
@@ -102,7 +102,7 @@ def rehearse(
 
     Components are "teacher", "generator", "fake score", "average of the generator", "Adam's moments", "gradients",
     "update" (what optimizers take besides) and "activations" (all else). Those that are of an adapter have " (LoRA)"
-    behind their names.
+    behind their names, and the values of networks that are not trained, such as tables of positions, " (buffers)".
 
     Args:
         networks, average: on the meta device; their parameters are replaced by fake ones.
@@ -122,9 +122,13 @@ def rehearse(
         for name, network in named.items():
             with tracker.component(name + _mark(network)):
                 fill(network, mode)
+            if not isinstance(network, Role):
+                tracker.assign(network.buffers(), name + BUFFERS)
         teacher = networks.teacher  # after the adapters, which are inside where they share it
+        transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
         with tracker.component("teacher"):
-            fill(teacher.shared.transformer if isinstance(teacher, Role) else teacher, mode)
+            fill(transformer, mode)
+        tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
         for name in ROLES:
             network = getattr(networks, name)
             if name == "teacher" or not isinstance(network, Role):  # other roles are on the teacher

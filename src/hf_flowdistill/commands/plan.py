@@ -4,6 +4,7 @@
 
 import functools
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -51,13 +52,15 @@ def main(input_args):
         for value in values:
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{name} is {value:g}: it must be above 0.")
-    if args.output_file and not Path(args.output_file).absolute().parent.is_dir():
-        raise UserError(f"--output_file {args.output_file} is in no folder that exists.")
+    if args.output_file:
+        check_output_file(Path(args.output_file).absolute())
 
     silence_libraries()
     more = [] if args.guidance_mode is None else [f"--guidance_mode {args.guidance_mode}"]
     more += [
-        f"--{name} {value}" for name in ("revision", "resolution", "height", "width") if (value := getattr(args, name))
+        f"--{name} {shlex.quote(str(value))}"
+        for name in ("revision", "cache_dir", "resolution", "height", "width")
+        if (value := getattr(args, name))
     ]
     if args.pipeline_kwargs:
         more.append(f"--pipeline_kwargs {shlex.quote(json.dumps(args.pipeline_kwargs))}")
@@ -89,3 +92,11 @@ def main(input_args):
     if args.output_file:
         listed = json.dumps([choice.as_dict() for choice in choices], indent=2)
         Path(args.output_file).write_text(listed + "\n", encoding="utf-8")
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse a file that could not be written at the end."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output_file {path} is in no folder that exists.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--output_file {path} cannot be written: name another file.")

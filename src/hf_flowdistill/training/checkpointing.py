@@ -72,6 +72,9 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
 
     def finish(checksums: list[dict[str, str]]):
         lines = sorted(f"{digest}  {name}\n" for part in checksums for name, digest in part.items())
+        missing = [name for part in checksums for name in part if not (unfinished / name).exists()]
+        if missing:
+            raise OSError(f"{missing[0]} is not there: do all machines write to the same --output_dir?")
         (unfinished / CHECKSUM_FILE).write_text("".join(lines))
         for path in [*unfinished.iterdir(), unfinished]:
             flush(path)
@@ -154,8 +157,7 @@ def write_run(output_dir, settings: dict) -> None:
     path = Path(output_dir, RUN_FILE)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-        flush(path)
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def read_run(output_dir, *, resume: bool) -> list[dict]:
@@ -165,7 +167,7 @@ def read_run(output_dir, *, resume: bool) -> list[dict]:
         UserError: if it holds something and this is not to `resume`, or if it holds something else than a run.
     """
     output_dir = Path(output_dir)
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or not {path.name for path in output_dir.iterdir()} - {_unfinished(RUN_FILE)}:
         return []
     if not resume:
         raise UserError(
@@ -194,7 +196,8 @@ def find_resume(output_dir, resume: str | None) -> Path | None:
     if resume is None:
         return None
     output_dir, damaged = Path(output_dir), {}
-    for path in reversed(checkpoints(output_dir)) if resume == "latest" else [_checkpoint_at(output_dir, resume)]:
+    found = on_main(lambda: checkpoints(output_dir)[::-1])  # what others see may lag behind, on a shared disk
+    for path in found if resume == "latest" else [_checkpoint_at(output_dir, resume)]:
         reasons = [reason for reason in together(functools.partial(_damage, path)) if reason]
         if not reasons:
             break
@@ -264,6 +267,33 @@ def check_same_run(recorded: dict, current: dict) -> None:
         raise UserError(
             f"what is to be resumed is from a run with other settings, {listed}: use those, or start a new run."
         )
+
+
+def set_aside_later(output_dir, images_seen: int) -> None:
+    """Rename the checkpoints with more than `images_seen`, before a run goes on from there another way, to
+    `checkpoint-<images_seen>.abandoned`: "latest" is then on the new way, and no limit counts the old one. Nothing
+    reads or deletes them."""
+    if process_rank() != 0:
+        return
+    for path in checkpoints(output_dir):
+        if int(path.name.split("-")[1]) <= images_seen:
+            continue
+        aside = path.with_name(path.name + ".abandoned")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        logger.warning(f"{path} lies after where the run goes on: it was renamed to {aside.name}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is, after a crash at any moment or on a full disk, the whole new one or what there was."""
+    unfinished = path.with_name(_unfinished(path.name))
+    unfinished.write_text(text)
+    flush(unfinished)
+    os.replace(unfinished, path)
+
+
+def _unfinished(name: str) -> str:
+    return name + ".tmp"
 
 
 def flush(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from hf_flowdistill.flow import add_noise
 from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
+from hf_flowdistill.training.checkpointing import replace_text
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 
@@ -139,7 +140,7 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _seen(line) <= images_seen]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            replace_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def write(self, record: dict) -> None:
         """Append one line; a value that is not finite becomes null, as JSON has no other way to say it."""
