@@ -139,6 +139,14 @@ def test_a_module_that_is_none_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_part_smaller_than_the_update_of_all_processes_is_refused(tmp_path):
+    for processes, refused in ((["--dry_run", "4"], "which are 16: 4 processes"), ([], "which are 4: 1 processes")):
+        with pytest.raises(UserError, match=f"--images_per_part is 3: .*, {refused} x 2 micro-batches x 2"):
+            reset_accelerate()
+            train_sid_dit.main(adversarial(tmp_path / "run", *processes, images_per_part=3))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_says_what_it_leaves_out(tmp_path, capsys):
     write_image_set(tmp_path / "set", "imagefolder", 4)
     reset_accelerate()

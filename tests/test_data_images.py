@@ -26,6 +26,7 @@ from hf_flowdistill.training.arguments import ArgumentParser
 from hf_flowdistill.training.image_arguments import (
     add_image_arguments,
     check_image_arguments,
+    check_images_per_part,
     dataset_settings,
     image_cache_dir,
     pair_settings,
@@ -264,6 +265,32 @@ def test_damage_and_foreign_folders(start, tmp_path):
             start(**more).move_to(0)
 
 
+def test_what_is_somebody_elses_stays(start, tmp_path):
+    """A folder that is no cache is refused as it is; in a cache only parts are deleted."""
+    theirs = {"part-2024-photos/a.jpg": "a", ".tmp-notes": "b", "unfinished-novel.tmp": "c"}
+
+    def put():
+        for name, text in theirs.items():
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cache" / name).write_text(text)
+
+    put()
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{tmp_path}/cache has files, .tmp-notes for one, but no index.json"):
+            start(images_per_part=20).move_to(0)
+        with pytest.raises(UserError, match="so it is no image cache: give a new or empty folder as --image_cache_di"):
+            check_image_arguments(arguments("--adversarial", f"--image_cache_dir={tmp_path}/cache"))
+        assert contents(tmp_path / "cache") == {name: text.encode() for name, text in theirs.items()}
+    shutil.rmtree(tmp_path / "cache")
+    pairs = start(images_per_part=20)
+    pairs.move_to(0)
+    put()
+    first = pairs.folder
+    pairs.move_to(40)
+    there = contents(tmp_path / "cache")
+    assert all(there[name] == text.encode() for name, text in theirs.items()) and not first.exists()
+
+
 def test_a_folder_where_another_run_deletes(start, tmp_path):
     (tmp_path / "cache").mkdir()
     with FileLock(tmp_path / "cache/.lock"):
@@ -391,7 +418,6 @@ def test_arguments():
     for words, message in (
         (["--random_flip"], "--random_flip is of the images of --adversarial"),
         (["--image_cache_dir=x"], "--image_cache_dir is of the images of --adversarial"),
-        (["--adversarial", "--images_per_part=7"], "must be at least an update's images, which are 8 on each process"),
         (["--adversarial", f"--image_cache_dir={__file__}"], "--image_cache_dir .* cannot be a folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -400,6 +426,14 @@ def test_arguments():
     args.dataset_name = None
     with pytest.raises(UserError, match="name a text-image set with --dataset_name"):
         check_image_arguments(args)
+
+
+def test_a_part_is_an_update_of_all_processes():
+    args = arguments("--adversarial", "--images_per_part=24")
+    check_images_per_part(args, 3)
+    with pytest.raises(UserError, match="is 24: it must be .*, which are 32: 4 processes x 4 micro-batches x 2"):
+        check_images_per_part(args, 4)
+    check_images_per_part(arguments("--adversarial"), 4)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

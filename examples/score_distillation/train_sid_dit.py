@@ -31,6 +31,7 @@ from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
+from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.features import find_projection
 from hf_flowdistill.hub.export import check_export_dir, export_student
@@ -77,6 +78,7 @@ from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.image_arguments import (
     add_image_arguments,
     check_image_arguments,
+    check_images_per_part,
     dataset_settings,
     image_cache_dir,
     pair_settings,
@@ -312,6 +314,7 @@ def check_args(args):
     check_output_dir(args.output_dir)
     if args.conditioning_cache_dir:
         check_output_dir(args.conditioning_cache_dir, "--conditioning_cache_dir")
+        check_cache_dir(args.conditioning_cache_dir, "conditioning", "--conditioning_cache_dir")
     get_weighting(args.weighting)
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
@@ -447,6 +450,7 @@ def main(input_args=None):
         )
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
+    check_images_per_part(args, args.dry_run or accelerator.num_processes)
     prompts = read_training_prompts(args)
     settings = run_settings(args, prompts, accelerator)
     recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)

@@ -26,6 +26,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
-from hf_flowdistill.data.shards import check_shard, claim, clear_unfinished, one_run_at_a_time
+from hf_flowdistill.data.shards import LOCK_FILE, check_shard, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.teachers.encode import ImageEncoder
 from hf_flowdistill.training.distributed import stream_seed
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of `image_shards.IMAGES_PER_BATCH`
 SHARDS_PER_ROUND = 8  # of each process, between two looks at what all have written
 SKIPPED_FILE = "skipped.jsonl"
+PART = re.compile(r"part-\d{10}")  # the name of a part's folder
 
 
 class ImagePairs:
@@ -186,8 +188,8 @@ class ImagePairs:
                 self._tell_skipped(shards)
                 for path in {shard.path for shard in found.values()} - {shard.path for shard in shards}:
                     path.unlink()  # empty, written by a process that did not know yet that the data ends before
-                for path in self._root.glob("part-*") if self._images_per_part else ():
-                    if path != self.folder:
+                for path in list(self._root.iterdir()) if self._images_per_part else ():
+                    if PART.fullmatch(path.name) and path.is_dir() and path != self.folder:
                         shutil.rmtree(path)
         self.captions = [caption for shard in shards for caption in shard.captions]
         self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
@@ -261,7 +263,7 @@ class ImagePairs:
     @contextlib.contextmanager
     def _alone(self):
         """Hold a folder in which parts are deleted: it is one run's, until its process ends or fails."""
-        lock = FileLock(self._root / ".lock", is_singleton=True)
+        lock = FileLock(self._root / LOCK_FILE, is_singleton=True)
         try:
             if not lock.is_locked:
                 lock.acquire(timeout=0)
