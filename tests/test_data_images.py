@@ -409,6 +409,68 @@ def test_opening_images(tmp_path):
             open_image(value)
 
 
+class Answer(Exception):
+    def __init__(self, status):
+        super().__init__(f"{status}, message='Forbidden'")
+        self.status = status
+
+
+def test_addresses_of_images(monkeypatch):
+    """One that cannot be meant or is refused is skipped, one that does not answer after three tries."""
+    monkeypatch.setattr("hf_flowdistill.data.image_dataset.SECONDS_BETWEEN_TRIES", (0, 0))
+    for path, reason in (("nowhere://a.jpg", "Protocol not known"), ("a\0.jpg", "null byte")):
+        with pytest.raises(UnusableImage, match=reason):
+            open_image(path)
+    tries, file = [], io.BytesIO()
+    picture(2).save(file, "PNG")
+
+    def answers(*errors):
+        def get(path, mode):
+            tries.append(path)
+            if len(tries) <= len(errors):
+                raise errors[len(tries) - 1]
+            return io.BytesIO(file.getvalue())
+
+        tries.clear()
+        monkeypatch.setattr("fsspec.open", get)
+
+    for error, count in (
+        (Answer(403), 1),
+        (Answer(429), 3),
+        (Answer(500), 3),
+        (ConnectionError("no such host"), 3),
+        (TimeoutError(), 3),
+    ):
+        answers(*3 * [error])
+        with pytest.raises(UnusableImage, match=str(error) or "TimeoutError"):
+            open_image({"bytes": None, "path": "https://example.com/a.jpg"})
+        assert len(tries) == count
+    answers(Answer(503), ConnectionError("reset"))
+    assert open_image("https://example.com/a.jpg").size == picture(2).size and len(tries) == 3
+    answers(ImportError('HTTPFileSystem requires "aiohttp" to be installed'))
+    with pytest.raises(UserError, match='needs a library that is not installed here .*"aiohttp" .*: install it'):
+        open_image("https://example.com/a.jpg")
+
+
+def test_a_dataset_is_known_by_the_files_of_all_its_splits(tmp_path):
+    from datasets import Dataset
+
+    def write(split, *captions):
+        rows = {"image": [picture(0)] * len(captions), "text": list(captions)}
+        Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}-0.parquet")
+
+    def identity(split):
+        return open_dataset(str(tmp_path), split=split, streaming="[" not in split).identity
+
+    splits = ("train", "validation", "train+validation", "train[:1]+validation[:1]")
+    write("train", "a", "b")
+    write("validation", "c")
+    before = {split: identity(split) for split in splits}
+    assert len({identity["files"] for identity in before.values()}) == 3
+    write("validation", "another")
+    assert [split for split in splits if identity(split) != before[split]] == list(splits[1:])
+
+
 def arguments(*words):
     parser = ArgumentParser()
     add_image_arguments(parser)
