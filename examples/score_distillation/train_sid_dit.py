@@ -486,8 +486,6 @@ def main(input_args=None):
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
-    if accelerator.is_main_process:
-        checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
     dtype = getattr(torch, args.weight_dtype)
@@ -497,6 +495,7 @@ def main(input_args=None):
     run.contracts = contracts
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {}
     run.pairs = open_pairs(run, resumed.get("images")) if args.adversarial else None
+    record_run(run, settings, recorded)
     take_texts(run, prompts, resumed.get("images_seen", 0))
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
@@ -533,6 +532,16 @@ def main(input_args=None):
     if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def record_run(run, settings, recorded):
+    """Note in the output folder, before anything else is written there, which run it is of, or refuse another one."""
+    if run.pairs is not None:
+        settings["dataset"] = run.pairs.identity
+    for earlier in recorded:
+        checkpointing.check_same_run(earlier, settings)
+    if run.accelerator.is_main_process:
+        checkpointing.write_run(run.args.output_dir, settings)
 
 
 def on_device(run):
@@ -579,9 +588,22 @@ def build_adam(args, name, network):
 def read_training_prompts(args):
     if args.adversarial and args.dry_run is None:
         return []  # they come with the images
+    if args.adversarial:
+        return read_captions(args)
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
     return read_prompts(args.prompt_file, args.caption_column)
+
+
+def read_captions(args):
+    """The captions of the pairs, for a dry run: streamed if that is possible, otherwise as the run will read them."""
+    settings = dataset_settings(args)
+    try:
+        return open_dataset(args.dataset_name, **{**settings, "streaming": True}).captions()
+    except UserError as error:
+        if args.streaming or error.__cause__ is None:  # it can be read, and what is wrong with it stays so
+            raise
+    return open_dataset(args.dataset_name, **settings).captions()
 
 
 def open_pairs(run, state):

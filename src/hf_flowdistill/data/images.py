@@ -65,6 +65,7 @@ class ImagePairs:
         captions: of the current part, one for each row.
         folder: of the current part, deleted with it; conditioning of its captions can be kept inside.
         state: where the current part begins, as JSON.
+        identity: of the dataset.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ImagePairs:
         """
         self.captions: list[str] = []
         self.state = state or {"first": 0, "row": 0}
+        self.identity = dataset.identity
         self._root, self._data, self._seed = Path(folder), dataset.name, seed
         self._images_per_part = images_per_part
         self._rank, self._world_size, self._wait = rank, world_size, wait

@@ -18,8 +18,6 @@ DEFAULTS = {  # here, since a run without images has none of them
     "images_per_part": None,
     "image_cache_dir": None,
 }
-# What may change on resume, since it does not change the pairs.
-FREE_ON_RESUME = ("image_cache_dir", "streaming")
 
 
 def add_image_arguments(parser) -> None:
