@@ -57,19 +57,20 @@ def measure(folder: Path, form: str, images: int, images_per_part: int, streamin
         data = open_dataset(str(folder / "data"), streaming=streaming, **columns)
         return ImagePairs(folder / name, data, encoder, seed=0, images_per_part=images_per_part, state=state)
 
-    pairs, memory, seconds, kept = start("cache"), [], 0.0, None
+    pairs, memory, seconds, kept, used, row = start("cache"), [], 0.0, None, set(), 0
     for position in itertools.count(0, BATCH):
         begin = time.perf_counter()
         moved = pairs.move_to(position)
         seconds += time.perf_counter() - begin
-        if moved and pairs.state["row"] == 0 and position:
+        if pairs.state["row"] < row:  # the part before had the end of the data, and of its beginning what it lacked
             break
+        row = pairs.state["row"]
         batch = batch_at(pairs, position)
         if moved:
+            used.update(pairs.captions)
             memory.append(round(resident_megabytes(), 1))
         elif position >= images / 2 and kept is None:
             kept = position, json.dumps(pairs.state), batch
-    usable = pairs.state["first"]
     position, state, (captions, latents) = kept
     again = start("another", json.loads(state))
     again.move_to(position)
@@ -81,9 +82,9 @@ def measure(folder: Path, form: str, images: int, images_per_part: int, streamin
         "images": images,
         "megabytes": round(size / 2**20, 1),
         "images_per_part": images_per_part,
-        "usable": usable,
+        "usable": len(used),
         "skipped": len(skipped),
-        "images_per_second": round(usable / seconds),
+        "images_per_second": round(len(used) / seconds),
         "resident_megabytes_by_part": memory,
         "resumes_exactly": resumed[0] == captions and torch.equal(resumed[1], latents),
     }

@@ -139,6 +139,43 @@ def test_a_module_that_is_none_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_reads_what_the_run_would(tmp_path, capsys, monkeypatch):
+    """Another split than train, a slice of one, and captions that are none."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    rows = {"image": [b"no image"] * 4, "text": ["a", None, " ", "b"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set" / "validation-0.parquet")
+    for split, prompts in (("validation", 2), ("validation[:3]", 1)):
+        reset_accelerate()
+        data = {"dataset_name": tmp_path / "set", "dataset_split": split}
+        train_sid_dit.main(adversarial(tmp_path / "run", "--dry_run", **data))
+        assert f"{prompts} distinct" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no column jpg: choose --image_column among image, text"):
+        reset_accelerate()
+        train_sid_dit.main(adversarial(tmp_path / "run", "--dry_run", **data, image_column="jpg"))
+
+
+def test_data_that_changed_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    columns = write_image_set(tmp_path / "set", "imagefolder", 8)
+    data = {"dataset_name": tmp_path / "set", **columns, **GATE}
+    run_here(*adversarial(tmp_path / "run", "--streaming", **data, max_train_images=4))
+    shutil.copy(tmp_path / "set" / "00001.jpg", tmp_path / "set" / "00000.jpg")
+    with pytest.raises(UserError, match="from a run with other settings, dataset .was .*: use those, or start a new"):
+        run_here(
+            *adversarial(tmp_path / "run", "--streaming", **data, max_train_images=8, resume_from_checkpoint="latest")
+        )
+
+
+def test_a_part_smaller_than_the_update_of_all_processes_is_refused(tmp_path):
+    for processes, refused in ((["--dry_run", "4"], "which are 16: 4 processes"), ([], "which are 4: 1 processes")):
+        with pytest.raises(UserError, match=f"--images_per_part is 3: .*, {refused} x 2 micro-batches x 2"):
+            reset_accelerate()
+            train_sid_dit.main(adversarial(tmp_path / "run", *processes, images_per_part=3))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_says_what_it_leaves_out(tmp_path, capsys):
     write_image_set(tmp_path / "set", "imagefolder", 4)
     reset_accelerate()

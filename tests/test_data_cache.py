@@ -309,6 +309,13 @@ def test_what_a_kill_left_unfinished_goes(tmp_path):
     assert contents(tmp_path) == whole
 
 
+def test_a_folder_of_something_else_is_refused_as_it_is(tmp_path):
+    (tmp_path / ".tmp-notes").write_text("mine")
+    with pytest.raises(UserError, match="no conditioning cache: give a new or empty folder as --conditioning_cache_d"):
+        cached_conditioning(tmp_path, KEY, TEXTS[:3], Encoder())
+    assert contents(tmp_path) == {".tmp-notes": b"mine"}
+
+
 def test_killed_at_ten_random_moments(tmp_path):
     """Each time one run is killed and a second one goes on: the same bytes as without, and nothing encoded twice."""
     left = json.loads(run_command("-c", KILLED, tmp_path).stdout.splitlines()[-1])

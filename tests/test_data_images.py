@@ -26,6 +26,7 @@ from hf_flowdistill.training.arguments import ArgumentParser
 from hf_flowdistill.training.image_arguments import (
     add_image_arguments,
     check_image_arguments,
+    check_images_per_part,
     dataset_settings,
     image_cache_dir,
     pair_settings,
@@ -139,11 +140,34 @@ def test_parts_are_the_data_one_after_the_other(start, tmp_path):
             assert sorted(pairs.rows(range(pairs.state["first"], pairs.state["first"] + len(seen[-1])))) == list(
                 range(len(seen[-1]))
             )
-    in_a_pass = len(seen) // 2
-    assert sum(seen[:in_a_pass], []) == sum(seen[in_a_pass:], []) == GOOD
-    assert all(40 <= len(part) < 45 for part in seen[: in_a_pass - 1]) and in_a_pass == 4
-    assert all(len(there) == 1 for there in folders) and len({there[0] for there in folders}) == in_a_pass
+    everything = sum(seen, [])
+    assert len(everything) >= 2 * len(GOOD) and everything == (3 * GOOD)[: len(everything)]
+    assert all(40 <= len(part) < 45 for part in seen) and all(len(there) == 1 for there in folders)
     assert len((tmp_path / "cache/skipped.jsonl").read_text().splitlines()) == len(BROKEN)
+
+
+def test_where_the_data_ends_a_part_goes_on_with_its_beginning(encoder, tmp_path):
+    """33 images in parts of 16: an update of 16 has 16 images, also the third; and resumed, also in two processes."""
+    columns = write_image_set(tmp_path / "set", "parquet", 33)
+    numbers = [caption(number) for number in range(33)]
+
+    def start(name, **more):
+        dataset = open_dataset(str(tmp_path / "set"), streaming=True, **columns)
+        return ImagePairs(tmp_path / name, dataset, encoder, seed=0, images_per_part=16, **more)
+
+    pairs, seen = start("cache"), []
+    for position in range(0, 96, 16):
+        if pairs.move_to(position):
+            seen += pairs.captions
+        state, (captions, latents) = json.dumps(pairs.state), batch(pairs, position, 16)
+        assert len(set(captions)) >= 15  # one beyond a part of 17 takes some of it once more
+        again = start(f"from {position}", state=json.loads(state))
+        again.move_to(position)
+        assert_same(batch(again, position, 16), (captions, latents))
+        for one in together(2, functools.partial(start, f"two from {position}", state=json.loads(state)), position):
+            assert_same(batch(one, position, 16), (captions, latents))
+        assert contents(tmp_path / f"two from {position}") == contents(tmp_path / f"from {position}")
+    assert seen == (4 * numbers)[: len(seen)]
 
 
 def test_more_than_there_is_in_a_part_is_all_of_it(start):
@@ -264,6 +288,32 @@ def test_damage_and_foreign_folders(start, tmp_path):
             start(**more).move_to(0)
 
 
+def test_what_is_somebody_elses_stays(start, tmp_path):
+    """A folder that is no cache is refused as it is; in a cache only parts are deleted."""
+    theirs = {"part-2024-photos/a.jpg": "a", ".tmp-notes": "b", "unfinished-novel.tmp": "c"}
+
+    def put():
+        for name, text in theirs.items():
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cache" / name).write_text(text)
+
+    put()
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{tmp_path}/cache has files, .tmp-notes for one, but no index.json"):
+            start(images_per_part=20).move_to(0)
+        with pytest.raises(UserError, match="so it is no image cache: give a new or empty folder as --image_cache_di"):
+            check_image_arguments(arguments("--adversarial", f"--image_cache_dir={tmp_path}/cache"))
+        assert contents(tmp_path / "cache") == {name: text.encode() for name, text in theirs.items()}
+    shutil.rmtree(tmp_path / "cache")
+    pairs = start(images_per_part=20)
+    pairs.move_to(0)
+    put()
+    first = pairs.folder
+    pairs.move_to(40)
+    there = contents(tmp_path / "cache")
+    assert all(there[name] == text.encode() for name, text in theirs.items()) and not first.exists()
+
+
 def test_a_folder_where_another_run_deletes(start, tmp_path):
     (tmp_path / "cache").mkdir()
     with FileLock(tmp_path / "cache/.lock"):
@@ -359,6 +409,68 @@ def test_opening_images(tmp_path):
             open_image(value)
 
 
+class Answer(Exception):
+    def __init__(self, status):
+        super().__init__(f"{status}, message='Forbidden'")
+        self.status = status
+
+
+def test_addresses_of_images(monkeypatch):
+    """One that cannot be meant or is refused is skipped, one that does not answer after three tries."""
+    monkeypatch.setattr("hf_flowdistill.data.image_dataset.SECONDS_BETWEEN_TRIES", (0, 0))
+    for path, reason in (("nowhere://a.jpg", "Protocol not known"), ("a\0.jpg", "null byte")):
+        with pytest.raises(UnusableImage, match=reason):
+            open_image(path)
+    tries, file = [], io.BytesIO()
+    picture(2).save(file, "PNG")
+
+    def answers(*errors):
+        def get(path, mode):
+            tries.append(path)
+            if len(tries) <= len(errors):
+                raise errors[len(tries) - 1]
+            return io.BytesIO(file.getvalue())
+
+        tries.clear()
+        monkeypatch.setattr("fsspec.open", get)
+
+    for error, count in (
+        (Answer(403), 1),
+        (Answer(429), 3),
+        (Answer(500), 3),
+        (ConnectionError("no such host"), 3),
+        (TimeoutError(), 3),
+    ):
+        answers(*3 * [error])
+        with pytest.raises(UnusableImage, match=str(error) or "TimeoutError"):
+            open_image({"bytes": None, "path": "https://example.com/a.jpg"})
+        assert len(tries) == count
+    answers(Answer(503), ConnectionError("reset"))
+    assert open_image("https://example.com/a.jpg").size == picture(2).size and len(tries) == 3
+    answers(ImportError('HTTPFileSystem requires "aiohttp" to be installed'))
+    with pytest.raises(UserError, match='needs a library that is not installed here .*"aiohttp" .*: install it'):
+        open_image("https://example.com/a.jpg")
+
+
+def test_a_dataset_is_known_by_the_files_of_all_its_splits(tmp_path):
+    from datasets import Dataset
+
+    def write(split, *captions):
+        rows = {"image": [picture(0)] * len(captions), "text": list(captions)}
+        Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}-0.parquet")
+
+    def identity(split):
+        return open_dataset(str(tmp_path), split=split, streaming="[" not in split).identity
+
+    splits = ("train", "validation", "train+validation", "train[:1]+validation[:1]")
+    write("train", "a", "b")
+    write("validation", "c")
+    before = {split: identity(split) for split in splits}
+    assert len({identity["files"] for identity in before.values()}) == 3
+    write("validation", "another")
+    assert [split for split in splits if identity(split) != before[split]] == list(splits[1:])
+
+
 def arguments(*words):
     parser = ArgumentParser()
     add_image_arguments(parser)
@@ -391,7 +503,6 @@ def test_arguments():
     for words, message in (
         (["--random_flip"], "--random_flip is of the images of --adversarial"),
         (["--image_cache_dir=x"], "--image_cache_dir is of the images of --adversarial"),
-        (["--adversarial", "--images_per_part=7"], "must be at least an update's images, which are 8 on each process"),
         (["--adversarial", f"--image_cache_dir={__file__}"], "--image_cache_dir .* cannot be a folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -400,6 +511,14 @@ def test_arguments():
     args.dataset_name = None
     with pytest.raises(UserError, match="name a text-image set with --dataset_name"):
         check_image_arguments(args)
+
+
+def test_a_part_is_an_update_of_all_processes():
+    args = arguments("--adversarial", "--images_per_part=24")
+    check_images_per_part(args, 3)
+    with pytest.raises(UserError, match="is 24: it must be .*, which are 32: 4 processes x 4 micro-batches x 2"):
+        check_images_per_part(args, 4)
+    check_images_per_part(arguments("--adversarial"), 4)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

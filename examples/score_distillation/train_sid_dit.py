@@ -31,6 +31,7 @@ from hf_flowdistill.data.cache import cached_conditioning, encoder_key
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
+from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.features import find_projection
 from hf_flowdistill.hub.export import check_export_dir, export_student
@@ -77,6 +78,7 @@ from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.image_arguments import (
     add_image_arguments,
     check_image_arguments,
+    check_images_per_part,
     dataset_settings,
     image_cache_dir,
     pair_settings,
@@ -312,6 +314,7 @@ def check_args(args):
     check_output_dir(args.output_dir)
     if args.conditioning_cache_dir:
         check_output_dir(args.conditioning_cache_dir, "--conditioning_cache_dir")
+        check_cache_dir(args.conditioning_cache_dir, "conditioning", "--conditioning_cache_dir")
     get_weighting(args.weighting)
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
@@ -447,6 +450,7 @@ def main(input_args=None):
         )
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
+    check_images_per_part(args, args.dry_run or accelerator.num_processes)
     prompts = read_training_prompts(args)
     settings = run_settings(args, prompts, accelerator)
     recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
@@ -482,8 +486,6 @@ def main(input_args=None):
     settings["teacher_weights"] = weights_digest(run.pipeline.transformer)
     for earlier in recorded:
         checkpointing.check_same_run(earlier, settings)
-    if accelerator.is_main_process:
-        checkpointing.write_run(args.output_dir, settings)
     logger.info(f"the teacher's contract:\n{run.contract.describe()}")
 
     dtype = getattr(torch, args.weight_dtype)
@@ -493,6 +495,7 @@ def main(input_args=None):
     run.contracts = contracts
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {}
     run.pairs = open_pairs(run, resumed.get("images")) if args.adversarial else None
+    record_run(run, settings, recorded)
     take_texts(run, prompts, resumed.get("images_seen", 0))
 
     # ------------------------------------------------------------------------------- networks, optimizers, checkpoints
@@ -530,6 +533,16 @@ def main(input_args=None):
     if finished:
         save_student(run)
     accelerator.end_training()
+
+
+def record_run(run, settings, recorded):
+    """Note in the output folder, before anything else is written there, which run it is of, or refuse another one."""
+    if run.pairs is not None:
+        settings["dataset"] = run.pairs.identity
+    for earlier in recorded:
+        checkpointing.check_same_run(earlier, settings)
+    if run.accelerator.is_main_process:
+        checkpointing.write_run(run.args.output_dir, settings)
 
 
 def on_device(run):
@@ -576,9 +589,22 @@ def build_adam(args, name, network):
 def read_training_prompts(args):
     if args.adversarial and args.dry_run is None:
         return []  # they come with the images
+    if args.adversarial:
+        return read_captions(args)
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
     return read_prompts(args.prompt_file, args.caption_column)
+
+
+def read_captions(args):
+    """The captions of the pairs, for a dry run: streamed if that is possible, otherwise as the run will read them."""
+    settings = dataset_settings(args)
+    try:
+        return open_dataset(args.dataset_name, **{**settings, "streaming": True}).captions()
+    except UserError as error:
+        if args.streaming or error.__cause__ is None:  # it can be read, and what is wrong with it stays so
+            raise
+    return open_dataset(args.dataset_name, **settings).captions()
 
 
 def open_pairs(run, state):

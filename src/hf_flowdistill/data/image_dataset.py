@@ -2,10 +2,13 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Text-image sets of the datasets library, row by row, and one picture of them as a training uses it."""
 
+import contextlib
 import io
 import itertools
 import os
 import random
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from hf_flowdistill.data.shards import json_digest
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.training.distributed import stream_seed
+
+
+SECONDS_BETWEEN_TRIES = 1, 2  # of an address that does not answer
 
 
 class UnusableImage(ValueError):
@@ -53,6 +59,23 @@ class ImageDataset:
             raise
         except Exception as error:  # of the many kinds that files, archives and the Hub have
             raise UserError(f"the dataset {self.name} cannot be read: {first_line(error)}") from error
+
+    def captions(self) -> list[str]:
+        """Those that can be used. No image is read.
+
+        Raises:
+            UserError: the data cannot be read, or has none.
+        """
+        column, captions = self._columns[1], []
+        alone = ImageDataset(self.name, self._rows.select_columns([column]), column, column, self.identity)
+        for _, _, caption in alone.rows(0, sys.maxsize):
+            with contextlib.suppress(UnusableImage):
+                captions.append(usable_caption(caption))
+        if not captions:
+            raise UserError(
+                f"the dataset {self.name} holds no caption in its column {column}: choose one with --caption_column."
+            )
+        return captions
 
     def _read(self, start: int, count: int) -> Iterator[dict]:
         if hasattr(self._rows, "__len__"):
@@ -100,8 +123,7 @@ def open_dataset(
         if isinstance((rows.features or {}).get(image_column), datasets.Image):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         rows = rows.select_columns([image_column, caption_column])
-        files = (builder.config.data_files or {}).get(split.partition("[")[0], [])
-        versions = list(zip(map(os.path.basename, files), getattr(files, "origin_metadata", [])))
+        versions = _file_versions(builder.config.data_files or {}, split)
     except UserError:
         raise
     except Exception as error:  # of the many kinds that files, archives and the Hub have
@@ -113,6 +135,17 @@ def open_dataset(
         "files": json_digest(versions)[:16],
     }
     return ImageDataset(name, rows, image_column, caption_column, identity)
+
+
+def _file_versions(data_files, split: str) -> list[tuple[str, Any]]:
+    """Names and versions of the files of a split, of a slice of one, or of several: "train[:10%]+validation"."""
+    names = data_files if split == "all" else [part.partition("[")[0].strip() for part in split.split("+")]
+    lists = [data_files.get(name, []) for name in names]
+    return [
+        (os.path.basename(path), version)
+        for files in lists
+        for path, version in zip(files, getattr(files, "origin_metadata", []))
+    ]
 
 
 def image_name(image: Any) -> str:
@@ -157,17 +190,25 @@ def open_image(image: Any) -> Image.Image:
 
 
 def _read_file(path) -> bytes:
+    """Of a path or an address; what an address does not answer, but might later, is asked for a few times."""
     if not path:
         raise UnusableImage("it is missing")
-    try:
-        with fsspec.open(str(path), "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise UnusableImage("it is missing") from None
-    except OSError as error:
-        if "://" in str(path):  # a connection that fails is not the image's fault
-            raise
-        raise UnusableImage(first_line(error)) from error
+    for wait in (*SECONDS_BETWEEN_TRIES, None):
+        try:
+            with fsspec.open(str(path), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise UnusableImage("it is missing") from None
+        except ImportError as error:
+            raise UserError(
+                f"the image {path} needs a library that is not installed here ({first_line(error)}): install it."
+            ) from error
+        except Exception as error:  # of the many kinds that file systems have
+            status = getattr(error, "status", None) or 0
+            refused = 400 <= status < 500 and status not in (408, 429)  # which are: too slow, too many
+            if wait is None or "://" not in str(path) or isinstance(error, ValueError) or refused:
+                raise UnusableImage(first_line(error)) from error
+        time.sleep(wait)
 
 
 def fit_image(

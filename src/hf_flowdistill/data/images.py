@@ -3,6 +3,7 @@
 """Text-image pairs as the adversarial stage uses them: latents on the disk, encoded part by part, and their captions.
 
 A part is the next images of the data that can be used: all, or `images_per_part` and the few that fill its last shard.
+Where the data ends, a part goes on with its beginning, so that none but all the data has fewer.
 How a training script uses them:
 
     dataset = open_dataset(args.dataset_name, **dataset_settings(args))   # training.image_arguments
@@ -23,9 +24,10 @@ All positions of an update are of the part that `move_to` chose for its first.
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +40,7 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
-from hf_flowdistill.data.shards import check_shard, claim, clear_unfinished, one_run_at_a_time
+from hf_flowdistill.data.shards import LOCK_FILE, check_shard, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.teachers.encode import ImageEncoder
 from hf_flowdistill.training.distributed import stream_seed
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of `image_shards.IMAGES_PER_BATCH`
 SHARDS_PER_ROUND = 8  # of each process, between two looks at what all have written
 SKIPPED_FILE = "skipped.jsonl"
+PART = re.compile(r"part-\d{10}")  # the name of a part's folder
 
 
 class ImagePairs:
@@ -62,6 +65,7 @@ class ImagePairs:
         captions: of the current part, one for each row.
         folder: of the current part, deleted with it; conditioning of its captions can be kept inside.
         state: where the current part begins, as JSON.
+        identity: of the dataset.
     """
 
     def __init__(
@@ -84,13 +88,14 @@ class ImagePairs:
         Args:
             folder: of the cache, on a disk that all processes share.
             seed: of the order of the images, of crops and flips.
-            images_per_part: how many pairs are encoded ahead; all by default.
+            images_per_part: how many pairs are encoded ahead, at least those of an update; all by default.
             center_crop, random_flip: see `image_dataset.fit_image`.
             wait: returns when all processes have called it.
             state: of an earlier `ImagePairs` with the same arguments, to go on with its part.
         """
         self.captions: list[str] = []
         self.state = state or {"first": 0, "row": 0}
+        self.identity = dataset.identity
         self._root, self._data, self._seed = Path(folder), dataset.name, seed
         self._images_per_part = images_per_part
         self._rank, self._world_size, self._wait = rank, world_size, wait
@@ -186,14 +191,15 @@ class ImagePairs:
                 self._tell_skipped(shards)
                 for path in {shard.path for shard in found.values()} - {shard.path for shard in shards}:
                     path.unlink()  # empty, written by a process that did not know yet that the data ends before
-                for path in self._root.glob("part-*") if self._images_per_part else ():
-                    if path != self.folder:
+                for path in list(self._root.iterdir()) if self._images_per_part else ():
+                    if PART.fullmatch(path.name) and path.is_dir() and path != self.folder:
                         shutil.rmtree(path)
         self.captions = [caption for shard in shards for caption in shard.captions]
         self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
         self._permutation.cache_clear()
-        self._next_row = 0 if shards[-1].last else (first + len(shards)) * self._shards.rows_per_shard
-        self._whole = first == 0 and shards[-1].last
+        ends = [place for place, shard in enumerate(shards, start=1) if shard.last]
+        following = len(shards) - ends[0] if ends else first + len(shards)
+        self._next_row, self._whole = following * self._shards.rows_per_shard, bool(ends) and following == first
 
     def _encode_missing(self, first: int, found: dict[int, Shard]) -> list[Shard]:
         """Encode this process's share of what is not in `found`, and return the shards of the part."""
@@ -216,20 +222,20 @@ class ImagePairs:
     def _walk(self, first: int, found: dict[int, Shard]) -> tuple[list[Shard], list[int]]:
         """The shards from number `first` on until there are enough images, and the numbers of the next missing ones.
 
-        A missing one is taken to be full, so that none is encoded that might not be needed.
+        After the last shard comes the first, up to where the part began. A missing one is taken to be full, so that
+        none is encoded that might not be needed.
         """
-        shards, missing, images = [], [], 0
-        for number in itertools.count(first):
-            if images >= (self._images_per_part or float("inf")) or (shards and shards[-1].last):
-                break
-            if len(missing) == SHARDS_PER_ROUND * self._world_size:
-                break
+        shards, missing, images, number = [], [], 0, first
+        while images < (self._images_per_part or math.inf) and len(missing) < SHARDS_PER_ROUND * self._world_size:
             if number in found:
                 shards.append(found[number])
                 images += len(found[number].captions)
             else:
                 missing.append(number)
                 images += self._shards.rows_per_shard
+            number = 0 if number in found and found[number].last else number + 1
+            if number == first:
+                break
         return shards, missing
 
     def _tell_skipped(self, shards: list[Shard]) -> None:
@@ -261,7 +267,7 @@ class ImagePairs:
     @contextlib.contextmanager
     def _alone(self):
         """Hold a folder in which parts are deleted: it is one run's, until its process ends or fails."""
-        lock = FileLock(self._root / ".lock", is_singleton=True)
+        lock = FileLock(self._root / LOCK_FILE, is_singleton=True)
         try:
             if not lock.is_locked:
                 lock.acquire(timeout=0)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from hf_flowdistill.training.checkpointing import flush
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
+LOCK_FILE = ".lock"
+UNFINISHED = re.compile(r"unfinished-(\d+|index)\.tmp|\.tmp[A-Za-z0-9]{6}")  # as safetensors names it, before renaming
 
 
 @contextlib.contextmanager
 def one_run_at_a_time(folder: Path, what: str):
     """Wait for other runs that are adding to `folder`; they wait for this one until the context ends."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -41,12 +44,27 @@ def one_run_at_a_time(folder: Path, what: str):
         lock.release()
 
 
+def check_cache_dir(folder, what: str, argument: str) -> None:
+    """Raise `UserError` if `folder` has files but no index: somebody's own, among which none may be deleted."""
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / INDEX_FILE).exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name != LOCK_FILE and not UNFINISHED.fullmatch(name)]
+    if others and not (folder / INDEX_FILE).exists():  # which another run may just have written
+        raise UserError(
+            f"{folder} has files, {others[0]} for one, but no {INDEX_FILE}, so it is no {what} cache: "
+            f"give a new or empty folder as {argument}."
+        )
+
+
 def claim(folder: Path, key: dict[str, Any], what: str, owner: str, argument: str) -> None:
     """Make `folder` the cache of `key`, or see that it is; clear what a crash left unfinished in it.
 
     Raises:
-        UserError: it is the cache of another key, of another `owner` in words.
+        UserError: it is the cache of another key, of another `owner` in words, or has files but is no cache.
     """
+    check_cache_dir(folder, what, argument)
     index = folder / INDEX_FILE
     if not index.exists():
         temporary = folder / "unfinished-index.tmp"
@@ -68,8 +86,8 @@ def claim(folder: Path, key: dict[str, Any], what: str, owner: str, argument: st
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a crash left unfinished in `folder`."""
-    for pattern in ("unfinished-*.tmp", ".tmp*"):  # the latter is what safetensors writes before it renames
-        for path in folder.glob(pattern):
+    for path in list(folder.iterdir()):
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 

@@ -4,6 +4,7 @@
 
 from pathlib import Path
 
+from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.training.arguments import check_output_dir, fill_in
 
@@ -17,8 +18,6 @@ DEFAULTS = {  # here, since a run without images has none of them
     "images_per_part": None,
     "image_cache_dir": None,
 }
-# What may change on resume, since it does not change the pairs.
-FREE_ON_RESUME = ("image_cache_dir", "streaming")
 
 
 def add_image_arguments(parser) -> None:
@@ -37,7 +36,8 @@ def add_image_arguments(parser) -> None:
         "--images_per_part",
         type=int,
         metavar="IMAGES",
-        help="how many are encoded ahead and kept on the disk, together with their captions; all by default",
+        help="how many are encoded ahead and kept on the disk, by all processes together, with their captions: at "
+        "least an update's; all by default",
     )
     add("--image_cache_dir", metavar="DIR", help="encoded images; images/ in --output_dir by default")
 
@@ -46,7 +46,7 @@ def check_image_arguments(args) -> None:
     """Fill in the defaults of `add_image_arguments` where there is an adversarial stage, in place.
 
     Raises:
-        UserError: they are given without `--adversarial`, or that without a dataset; a part is smaller than an update.
+        UserError: they are given without `--adversarial`, or that without a dataset; the cache is a folder of others.
     """
     otherwise = "is of the images of --adversarial: give that too, or leave it out."
     fill_in(args, DEFAULTS, wanted=args.adversarial, otherwise=otherwise)
@@ -54,14 +54,20 @@ def check_image_arguments(args) -> None:
         return
     if not args.dataset_name:
         raise UserError("--adversarial needs images with captions: name a text-image set with --dataset_name.")
-    update = args.train_batch_size * args.gradient_accumulation_steps
-    if args.images_per_part is not None and args.images_per_part < update:
-        raise UserError(
-            f"--images_per_part is {args.images_per_part}: it must be at least an update's images, which are {update} "
-            "on each process."
-        )
     if args.image_cache_dir:
         check_output_dir(args.image_cache_dir, "--image_cache_dir")
+        check_cache_dir(args.image_cache_dir, "image", "--image_cache_dir")
+
+
+def check_images_per_part(args, processes: int) -> None:
+    """Raise `UserError` if a part, which all processes share, is smaller than their update."""
+    update = args.train_batch_size * args.gradient_accumulation_steps * processes
+    if args.images_per_part is not None and args.images_per_part < update:
+        raise UserError(
+            f"--images_per_part is {args.images_per_part}: it must be at least an update's images, which are "
+            f"{update}: {processes} processes x "
+            f"{args.gradient_accumulation_steps} micro-batches x {args.train_batch_size}."
+        )
 
 
 def image_cache_dir(args) -> Path:
