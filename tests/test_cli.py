@@ -85,7 +85,7 @@ def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
     half, whole = (find("all", precision=one, sharding="none")["peak"]["components"] for one in ("BF16", "AMP"))
     assert half["teacher"] == whole["teacher"] / 2
     nearest = find("all", precision="BF16, nearest", sharding="none")["peak"]["components"]
-    assert half["Adam's moments"] == 2 * nearest["Adam's moments"]
+    assert half["Adam's moments"] == pytest.approx(2 * nearest["Adam's moments"], rel=0.01)  # they count steps too
 
     # adapters are whole in every process, what they are on is not
     alone, shared = (

@@ -100,7 +100,7 @@ def run_command(*command, check=True) -> subprocess.CompletedProcess:
     paths = [ROOT / "src", ROOT / "examples", ROOT / "tests", os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths)
     result = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
