@@ -3,6 +3,7 @@
 """`make shapes-adversarial`: its image sets, its judge, its table; and the mistakes that are told before it trains."""
 
 import csv
+import json
 import random
 
 import numpy as np
@@ -100,3 +101,8 @@ def test_mistakes_are_told_before_anything_starts(mistake, tmp_path):
     message = {"no student": "`make demo` makes one", "no place": "has no place for the table"}[mistake]
     assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_documents_table_is_that_of_the_results():
+    rows = json.loads((ROOT / "docs/results/adversarial.json").read_text())
+    assert summarize(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
