@@ -9,7 +9,6 @@ import pytest
 import test_methods_sid as tiny
 import torch
 from teacher_cases import learned
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_flowdistill import flow
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate, generator_turn
@@ -17,7 +16,9 @@ from hf_flowdistill.networks import Networks
 from hf_flowdistill.teachers import encode_prompts
 
 
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "convergence.py"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARK = runpy.run_path(str(BENCHMARKS / "convergence.py"))
+count = runpy.run_path(str(BENCHMARKS / "work.py"))["count_flops"]
 TURNS = {"sid": generator_turn, "dmd": BENCHMARK["dmd_generator_turn"]}
 CONFIGS = {"sid": SiDConfig(), "dmd": SiDConfig(fake_guidance_scale=1.0, fake_train_guidance_scale=1.0)}
 
@@ -50,11 +51,6 @@ def test_an_update_takes_the_passes_it_is_said_to_take(loss):
     networks = Networks.from_teacher(type(transformer).from_config(dict(transformer.config) | {"num_layers": 12}))
     conditional, unconditional = encode_prompts(teacher.pipeline, contract, ["a cat", "two dogs"])
     noise, sigma = torch.randn(2, *contract.latent_shape), torch.full((2,), 0.5)
-
-    def count(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
 
     def train(turn, loss_of, k):
         with networks.training(turn):

@@ -3,7 +3,6 @@
 """One way of training a teacher, and the memory that it takes on one process: while it trains and before."""
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,15 @@ from hf_flowdistill.methods.sid import SiDConfig
 from hf_flowdistill.networks import Networks, RoleSettings, sharding_units
 from hf_flowdistill.planning import count
 from hf_flowdistill.quantized_sizes import Adam8bitSizes
-from hf_flowdistill.rehearsal import BUFFERS, LORA, embeds_guidance, rehearse, rehearse_blocks, stand_in_contract
+from hf_flowdistill.rehearsal import (
+    BUFFERS,
+    LORA,
+    embeds_guidance,
+    joined,
+    rehearse,
+    rehearse_blocks,
+    stand_in_contract,
+)
 from hf_flowdistill.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.startup import Start, measure_start
 from hf_flowdistill.teachers.contract import Contract
@@ -155,12 +162,10 @@ def describe_peak(path, case: Case, *, processes: int, sharding: str, cpu_offloa
     kind = "none" if sharding == "none" else "full, offloaded" if cpu_offload else "full"
     stage = Stage.of(path, **stage)
     ((peak, start, _),) = case.memory(stage, processes, [kind])
-    parts = Counter()
-    for name, size in peak.components.items():
-        parts[name.removesuffix(BUFFERS)] += size
+    parts = joined(peak.components, BUFFERS).most_common()
     return [
         f"rehearsed, each process takes at its peak, the {peak.when}:",
-        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts.most_common(), ("together", peak.bytes)]),
+        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts, ("together", peak.bytes)]),
         f"before training, with room for the text encoders: {start.bytes(float('inf')) / 1e9:,.2f} GB; without: "
         f"{start.bytes(0) / 1e9:,.2f} GB",
     ]

@@ -4,7 +4,6 @@
 
 import itertools
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -14,7 +13,7 @@ from hf_flowdistill.cases import SHARDINGS, Case, Precision, Stage
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.memory_tracker import Peak
 from hf_flowdistill.networks import ROLES, RoleSettings
-from hf_flowdistill.rehearsal import BUFFERS, LORA
+from hf_flowdistill.rehearsal import BUFFERS, LORA, joined
 from hf_flowdistill.startup import Start
 
 
@@ -186,9 +185,7 @@ def format_choices(choices: Sequence[Choice]) -> str:
     header = ["networks", "base", "precision", "sharding", "batch", "checkpointing", *COMPONENTS]
     lines = [[*header, "peak", "start", "fits"]]
     for choice in choices:
-        parts = Counter()
-        for name, size in choice.peak.components.items():
-            parts[name.removesuffix(LORA).removesuffix(BUFFERS)] += size
+        parts = joined(choice.peak.components, LORA, BUFFERS)
         lines.append(
             [
                 *(choice.networks, choice.base_quantization, choice.precision, choice.sharding),

@@ -11,6 +11,7 @@ return; what an operation takes only inside itself, such as the workspace of a m
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,16 @@ from hf_flowdistill.teachers.contract import Contract
 
 
 LORA, BUFFERS = " (LoRA)", " (buffers)"  # at the end of a component's name
+
+
+def joined(components, *marks: str) -> Counter:
+    """Component -> bytes, with those that have one of these `marks` behind their names counted to what they are of."""
+    sizes = Counter()
+    for name, size in components.items():
+        for mark in marks:
+            name = name.removesuffix(mark)
+        sizes[name] += size
+    return sizes
 
 
 def stand_in_contract(shapes: Shapes, *, height: int, width: int) -> Contract:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.training.checkpointing import flush
+from hf_flowdistill.training.checkpointing import flush, replace_text
 
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,7 @@ def claim(folder: Path, key: dict[str, Any], what: str, owner: str, argument: st
     check_cache_dir(folder, what, argument)
     index = folder / INDEX_FILE
     if not index.exists():
-        temporary = folder / "unfinished-index.tmp"
-        temporary.write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, index)
+        replace_text(index, json.dumps(key, indent=2) + "\n", folder / "unfinished-index.tmp")
     try:
         recorded = json.loads(index.read_text(encoding="utf-8"))
         differing = [name for name in {**key, **recorded} if recorded.get(name) != key.get(name)]

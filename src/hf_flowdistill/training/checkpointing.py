@@ -284,9 +284,12 @@ def set_aside_later(output_dir, images_seen: int) -> None:
         logger.warning(f"{path} lies after where the run goes on: it was renamed to {aside.name}")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is, after a crash at any moment or on a full disk, the whole new one or what there was."""
-    unfinished = path.with_name(_unfinished(path.name))
+def replace_text(path: Path, text: str, unfinished: Path | None = None) -> None:
+    """Write a file that is, after a crash at any moment or on a full disk, the whole new one or what there was.
+
+    Until it is whole it is called `unfinished`, by default as `path` with .tmp behind.
+    """
+    unfinished = unfinished or path.with_name(_unfinished(path.name))
     unfinished.write_text(text)
     flush(unfinished)
     os.replace(unfinished, path)
