@@ -50,7 +50,7 @@ def rehearsed(name, roles, dtype, autocast, checkpointed, batch_size, config, kw
     contract = stand_in_contract(shapes, **SIZE)
     assert embeds_guidance(contract) == (name == "flux")
     stage = Stage(load_skeleton(saved_teacher(name)).transformer, contract, config, Start(0, 0, 0, 0))
-    case = Case(roles, Precision("", dtype, autocast), checkpointed, batch_size, bf16_rounding="stochastic")
+    case = Case(roles, Precision("", dtype, autocast), checkpointed, batch_size)
     ((peak, *_),) = case.memory(stage, 1, ["none"])
     return peak
 

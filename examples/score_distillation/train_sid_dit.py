@@ -376,12 +376,16 @@ def plan(args, prompts, accelerator):
     largest = max(args.aspect_ratio_buckets or [(args.height, args.width)], key=math.prod)
     case = Case(
         role_settings(args),
-        Precision("", getattr(torch, args.weight_dtype), accelerator.mixed_precision == "bf16"),
+        Precision(
+            "",
+            getattr(torch, args.weight_dtype),
+            accelerator.mixed_precision == "bf16",
+            args.bf16_rounding or ROUNDINGS[0],
+        ),
         tuple(args.gradient_checkpointing or ()),
         args.train_batch_size,
         cached=args.sharding == "none",
         share_rollout=args.share_rollout,
-        bf16_rounding=args.bf16_rounding or ROUNDINGS[0],
         use_8bit_adam=args.use_8bit_adam,
     )
     try:

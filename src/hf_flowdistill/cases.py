@@ -35,6 +35,7 @@ class Precision(NamedTuple):
     arguments: str
     dtype: torch.dtype
     autocast: bool
+    rounding: str = "stochastic"  # as for `build_optimizer`
 
 
 class Sharding(NamedTuple):
@@ -90,7 +91,7 @@ class Case:
     Attributes:
         checkpointed: names of the networks whose activations are computed a second time.
         cached: whether autocast keeps its copies of weights until the backward pass.
-        bf16_rounding, use_8bit_adam: as for `build_optimizer`.
+        use_8bit_adam: as for `build_optimizer`.
     """
 
     roles: RoleSettings
@@ -99,7 +100,6 @@ class Case:
     batch_size: int
     cached: bool = True
     share_rollout: bool = False
-    bf16_rounding: str = "nearest"
     use_8bit_adam: bool = False
 
     def memory(self, stage: Stage, gpus: int, shardings: Sequence[str]) -> list[tuple[Peak, Start, float]]:
@@ -124,7 +124,7 @@ class Case:
             networks = Networks.from_teacher(transformer, self.precision.dtype, self.roles)
             average = EMA(networks.generator).model
         networks.enable_gradient_checkpointing(self.checkpointed)
-        optimizer = functools.partial(build_optimizer, rounding=self.bf16_rounding)
+        optimizer = functools.partial(build_optimizer, rounding=self.precision.rounding)
         if self.use_8bit_adam:
             optimizer = lambda network: Adam8bitSizes(network.parameters())  # noqa: E731
         return rehearse(

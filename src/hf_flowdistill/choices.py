@@ -20,7 +20,7 @@ from hf_flowdistill.startup import Start
 # What can be chosen, and the arguments of the training script for it.
 AMP = Precision("--mixed_precision bf16", torch.float32, True)
 BF16 = Precision("--weight_dtype bfloat16", torch.bfloat16, False)
-NEAREST = Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False)
+NEAREST = Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False, "nearest")
 WHOLE_NETWORKS, QUANTIZED = {"AMP": AMP, "BF16": BF16, "BF16, nearest": NEAREST}, {"BF16": BF16}
 BASES = {  # --networks -> base of the adapters -> precisions
     "full": {"none": WHOLE_NETWORKS},
@@ -132,8 +132,7 @@ def list_choices(
         shardings = [
             kind for kind in _shardings(gpus, name, base) if not settings.autocast or SHARDINGS[kind].shards != cached
         ]
-        rounding = "nearest" if settings is NEAREST else "stochastic"
-        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout, rounding)
+        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout)
         flags = (
             f"--networks {name}" if name != "full" else "",
             f"--rank {rank}" if name != "full" and rank != RoleSettings.rank else "",
