@@ -16,7 +16,7 @@ from table import summarize
 ROOT = Path(__file__).parents[1]
 SHORT = """--num_prompts 60 --max_train_images 48 --checkpointing_images 48 --validation_images 48
 --report_to none --reference_guidance_scales 1.0""".split()
-DOCUMENT = "before\n<!-- table of `make shapes-table` -->\nold\n<!-- end of the table -->\nafter\n"
+DOCUMENT = "before\n<!-- table of table.py -->\nold\n<!-- end of the table -->\nafter\n"
 
 
 def table(folder, *more):

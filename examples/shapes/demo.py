@@ -32,11 +32,12 @@ from hf_flowdistill.evaluation.report import format_table, row, save_report
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.training.arguments import silence_libraries
 from hf_flowdistill.training.checkpointing import checkpoints
-from scenes import CATEGORIES, random_scene, render
+from scenes import CATEGORIES, SIZE, random_scene, render
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 HERE = Path(__file__).parent
@@ -74,9 +75,9 @@ def train(run: Path, args, more: list[str], source=("--prompt_file", HERE / "pro
 class Judge:
     """Everything a set of pictures is compared with: the prompts, the detector and real renders."""
 
-    def __init__(self, count: int, seed: int):
+    def __init__(self, count: int, seed: int, call: dict = CALL):
         rng = random.Random(seed)
-        self.seed = seed
+        self.seed, self.call = seed, call
         self.scenes = [random_scene(rng) for _ in range(count)]
         self.prompts = [scene.prompt for scene in self.scenes]
         self.fid = FID(FeatureNetwork.load(HERE / "features.safetensors"), render(self.scenes * 2, rng))
@@ -84,7 +85,14 @@ class Judge:
     def __call__(self, name, pipeline, num_steps, guidance_scale):
         """One row of the report for one pipeline."""
         generated = generate(
-            pipeline, self.prompts, num_steps=num_steps, guidance_scale=guidance_scale, seed=self.seed, **CALL
+            pipeline,
+            self.prompts,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            seed=self.seed,
+            height=SIZE,
+            width=SIZE,
+            **self.call,
         )
         return row(
             name,
@@ -139,7 +147,11 @@ def judge_checkpoints(run: Path, judge: Judge, student, num_steps: int) -> list[
     return judged
 
 
-def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3) -> None:
+def in_steps(num_steps: int) -> str:
+    return f"{num_steps} step{'s' * (num_steps > 1)}"
+
+
+def draw_grid(pipelines, rows, guidance_scale: float, path: Path, call: dict, scale: int = 3) -> None:
     """Labelled rows, the same prompts and seeds in each."""
     size, left, top = 40 * scale, 150, 46
     sheet = Image.new("RGB", (left + len(GRID_PROMPTS) * (size + 6), top + len(rows) * (size + 6)), "white")
@@ -153,10 +165,17 @@ def draw_grid(pipelines, rows, guidance_scale: float, path: Path, scale: int = 3
     for line, (name, num_steps) in enumerate(rows):
         guidance = 1.0 if name == "student" else guidance_scale
         images = generate(
-            pipelines[name], list(GRID_PROMPTS), num_steps=num_steps, guidance_scale=guidance, seed=7, **CALL
+            pipelines[name],
+            list(GRID_PROMPTS),
+            num_steps=num_steps,
+            guidance_scale=guidance,
+            seed=7,
+            height=SIZE,
+            width=SIZE,
+            **call,
         ).images
         y = top + line * (size + 6)
-        pen.text((4, y + size // 2 - 6), f"{name}, {num_steps} steps", fill="black")
+        pen.text((4, y + size // 2 - 6), f"{name}, {in_steps(num_steps)}", fill="black")
         for column, image in enumerate(images):
             picture = Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
             sheet.paste(picture.resize((size, size), Image.Resampling.NEAREST), (left + column * (size + 6), y))
@@ -173,16 +192,23 @@ def draw_curve(run: Path, judged: list[dict], teacher: list[dict], path: Path) -
         axis.set_ylabel({"x0_gap": "mean |x0_teacher - x0_fake|", "fake_score_error": "fake-score loss"}[name])
         axis.yaxis.label.set_color("C0" if name == "x0_gap" else "C1")
     for axis, name in ((axes[1], "fid"), (axes[2], "accuracy")):
-        label = f"student, {judged[0]['num_steps']} steps"
+        label = f"student, {in_steps(judged[0]['num_steps'])}"
         axis.plot([point["images_seen"] for point in judged], [point[name] for point in judged], "o-", label=label)
         for reference, colour, style in zip(teacher, ("C2", "C3"), ("--", ":")):
-            axis.axhline(reference[name], color=colour, ls=style, label=f"teacher, {reference['num_steps']} steps")
+            axis.axhline(reference[name], color=colour, ls=style, label=f"teacher, {in_steps(reference['num_steps'])}")
         axis.set_ylabel("FID" if name == "fid" else "accuracy")
         axis.legend(fontsize=8)
     axes[1].set_yscale("log")
     for axis in axes:
         axis.set_xlabel("images seen")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     panels.savefig(path, dpi=110)
+
+
+def add_sequence_length(parser) -> None:
+    parser.add_argument(
+        "--max_sequence_length", type=int, default=CALL["max_sequence_length"], help="of the teacher's T5, in tokens"
+    )
 
 
 def parse_args():
@@ -191,6 +217,7 @@ def parse_args():
     parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
     parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    add_sequence_length(parser)
     parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts in the report")
     parser.add_argument("--curve_prompts", type=int, default=500, help="freshly drawn prompts in a point of the curve")
     parser.add_argument("--seed", type=int, default=2026, help="of these prompts and their pictures")
@@ -204,32 +231,33 @@ def main():
     silence_libraries()
     output = Path(args.output_dir).resolve()
     run = output / "run"
-    minutes = train(run, args, more)
+    call = CALL | {"max_sequence_length": args.max_sequence_length}
+    minutes = train(run, args, ["--max_sequence_length", str(args.max_sequence_length), *more])
     print(f"the distillation took {minutes:.1f} minutes")
     pipelines = load_pipelines(Path(args.teacher), run / "student")
     own = own_steps(run / "student")
 
     print("judging the student along its training ...", flush=True)
-    judge = Judge(args.curve_prompts, args.seed + 1)
+    judge = Judge(args.curve_prompts, args.seed + 1, call)
     judged = judge_checkpoints(run, judge, pipelines["student"], own)
     save_report(judged, output / "curve.json")
     # the same prompts for the teacher, since the FID of fewer pictures is higher
     references = [judge("teacher", pipelines["teacher"], n, args.guidance_scale) for n in (28, own)]
 
     print(f"judging {args.num_prompts} freshly drawn prompts ...", flush=True)
-    judge, scale = Judge(args.num_prompts, args.seed), args.guidance_scale
+    judge, scale = Judge(args.num_prompts, args.seed, call), args.guidance_scale
     rows = []
     for name, num_steps, guidance in [("teacher", 28, scale), *few_step_cases(scale, own)]:
         rows.append(judge(name, pipelines[name], num_steps, guidance))
-        print(
-            f"  {name}, {num_steps} steps: accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}", flush=True
-        )
+        figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
+        print(f"  {name}, {in_steps(num_steps)}: {figures}", flush=True)
     save_report(rows, output / "report.json")
     draw_grid(
         pipelines,
         [("teacher", 28), *((name, own) for name in ("teacher", "undistilled", "student"))],
         scale,
         output / "grid.png",
+        call,
     )
     draw_curve(run, judged, references, output / "curve.png")
     print(f"\n{format_table(rows)}\n\nSee {output / 'grid.png'}, {output / 'curve.png'} and {output / 'report.json'}.")

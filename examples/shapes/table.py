@@ -17,7 +17,18 @@ import random
 import statistics
 from pathlib import Path
 
-from demo import HERE, REPOSITORY, Judge, few_step_cases, load_pipelines, own_steps, train
+from demo import (
+    CALL,
+    HERE,
+    REPOSITORY,
+    Judge,
+    add_sequence_length,
+    few_step_cases,
+    in_steps,
+    load_pipelines,
+    own_steps,
+    train,
+)
 from detector import accuracy
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
@@ -25,7 +36,7 @@ from hf_flowdistill.training.arguments import silence_libraries
 from scenes import CATEGORIES, render
 
 
-MARKS = ("<!-- table of `make shapes-table` -->", "<!-- end of the table -->")
+MARKS = ("<!-- table of table.py -->", "<!-- end of the table -->")
 
 
 def judged_once(file: Path, settings: dict, judge) -> list[dict]:
@@ -41,7 +52,8 @@ def judged_once(file: Path, settings: dict, judge) -> list[dict]:
 def judge_seed(args, seed: int, student: Path) -> list[dict]:
     """The rows of one seed: real renders, the teacher, its controls, the student."""
     pipelines = load_pipelines(Path(args.teacher), student)
-    judge, scale = Judge(args.num_prompts, 2026 + seed), args.guidance_scale
+    call = CALL | {"max_sequence_length": args.max_sequence_length}
+    judge, scale = Judge(args.num_prompts, 2026 + seed, call), args.guidance_scale
     renders = render(judge.scenes, random.Random(judge.seed + 1))
     right, by_category = accuracy(judge.scenes, renders)
     rows = [{"pipeline": "renders", "accuracy": right, "accuracy_by_category": by_category, "fid": judge.fid(renders)}]
@@ -49,7 +61,7 @@ def judge_seed(args, seed: int, student: Path) -> list[dict]:
     for name, num_steps, guidance in [*slow, *few_step_cases(scale, own_steps(student))]:
         rows.append(judge(name, pipelines[name], num_steps, guidance))
         figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
-        print(f"  {name}, {num_steps} steps, guidance {guidance:g}: {figures}", flush=True)
+        print(f"  {name}, {in_steps(num_steps)}, guidance {guidance:g}: {figures}", flush=True)
     return rows
 
 
@@ -115,6 +127,7 @@ def parse_args():
         default=[1.0, 1.5, 2.5, 3.0],
         help="of the teacher at 28 steps beside it, to see its best FID and its best accuracy",
     )
+    add_sequence_length(parser)
     parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
     return parser.parse_known_args()
 
@@ -128,7 +141,8 @@ def main():
     rows = []
     for seed in args.seeds:
         folder = Path(args.output_dir).resolve() / f"seed-{seed}"
-        minutes = train(folder / "run", args, [*more, "--seed", str(seed)])
+        own = ["--seed", str(seed), "--max_sequence_length", str(args.max_sequence_length)]
+        minutes = train(folder / "run", args, [*more, *own])
         print(f"seed {seed}: {minutes:.1f} minutes", flush=True)
         settings = {"num_prompts": args.num_prompts, "guidance_scales": args.reference_guidance_scales}
         judge = functools.partial(judge_seed, args, seed, folder / "run" / "student")

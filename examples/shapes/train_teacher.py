@@ -244,23 +244,61 @@ def kind_of(prompt: str) -> str:
     return "relation" if "and" not in words else "two kinds" if len(words) == 5 else "two colours"
 
 
+def rows_by_kind(prompts: list[str]) -> list[torch.Tensor]:
+    """The numbers of the prompts of every kind in `SHARES`."""
+    kinds = [kind_of(prompt) for prompt in prompts]
+    return [torch.tensor([i for i, kind in enumerate(kinds) if kind == name]) for name in SHARES]
+
+
+def draw_rows(by_kind: list[torch.Tensor], count: int, generator, shares=SHARES) -> torch.Tensor:
+    """[count] numbers of prompts, their kinds drawn by `shares`."""
+    drawn = torch.multinomial(
+        torch.tensor(list(shares.values())), count, replacement=True, generator=generator
+    ).tolist()
+    return torch.stack([by_kind[i][torch.randint(len(by_kind[i]), (), generator=generator)] for i in drawn])
+
+
 def train_transformer(pipeline, args) -> None:
     """Rectified flow, with sigma logit-normal(1, 1.3), to practise high noise, where layout should be decided.
 
     Hard prompts are drawn more often; 10 % of the prompts are dropped; the text encoders learn along. One batch in 16
     appends null tokens, as many as the stock call or one, so that any number of them will do.
     """
-    state_file, rank = Path(args.work_dir) / "transformer.pt", int(os.environ.get("RANK", 0))
     latents, prompts = torch.load(Path(args.work_dir) / "latents.pt")
     unique = sorted(set(prompts)) + [""]
     row = {prompt: i for i, prompt in enumerate(unique)}
     tokenized = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
     tokens, rows = torch.tensor(tokenized), torch.tensor([row[prompt] for prompt in prompts])
-    kinds = [kind_of(prompt) for prompt in prompts]
-    members = [torch.tensor([i for i, kind in enumerate(kinds) if kind == name]) for name in SHARES]
-    shares = torch.tensor(list(SHARES.values()))
+    by_kind = rows_by_kind(prompts)
+    transformer = torch.compile(pipeline.transformer) if args.compile else pipeline.transformer
 
-    networks = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
+    def loss_of(step, generator):
+        null = step % 16 == 15
+        pick = draw_rows(by_kind, args.batch_size // 4 if null else args.batch_size, generator)
+        dropped = torch.rand(len(pick), generator=generator) < 0.1
+        text = tokens[torch.where(dropped, len(unique) - 1, rows[pick])]
+        x0 = latents[pick].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = sigma_from_normal(torch.randn(len(pick), generator=generator), mean=1.0, std=1.3)
+        with torch.autocast("cpu", torch.bfloat16):
+            prompt_embeds, pooled = encode_text(pipeline, text)
+            if null:
+                prompt_embeds = F.pad(prompt_embeds, (0, 0, 0, NULL_TOKENS if step % 64 == 63 else 1))
+            network = pipeline.transformer if null else transformer
+            velocity = network(
+                flow.add_noise(x0, noise, sigma), prompt_embeds, pooled, 1000 * sigma, return_dict=False
+            )[0]
+        return F.mse_loss(velocity.float(), flow.velocity(x0, noise))
+
+    fit(torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]), loss_of, args)
+
+
+def fit(networks, loss_of, args) -> None:
+    """Lower `loss_of(step, generator)`, and leave the average over the last steps in the networks.
+
+    Resumes from --work_dir/transformer.pt. Under torchrun every process draws from a generator of its own.
+    """
+    state_file, rank = Path(args.work_dir) / "transformer.pt", int(os.environ.get("RANK", 0))
     trainable = [p for p in networks.parameters() if p.requires_grad]
     average, optimizers, start = [p.detach().clone() for p in trainable], build_optimizers(networks, 0.0), 0
     if state_file.exists():
@@ -270,29 +308,11 @@ def train_transformer(pipeline, args) -> None:
             optimizer.load_state_dict(saved)
         average, start = state["average"], state["step"]
         print(f"resumed at step {start}", flush=True)
-    transformer = torch.compile(pipeline.transformer) if args.compile else pipeline.transformer
     generator = torch.Generator().manual_seed(stream_seed(args.seed, rank, start))
     mean_loss, started = None, time.time()
     for step in range(start, args.steps):
         factor = min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        null = step % 16 == 15
-        batch = args.batch_size // 4 if null else args.batch_size
-        drawn = torch.multinomial(shares, batch, replacement=True, generator=generator).tolist()
-        pick = torch.stack([members[i][torch.randint(len(members[i]), (), generator=generator)] for i in drawn])
-        dropped = torch.rand(batch, generator=generator) < 0.1
-        text = tokens[torch.where(dropped, len(unique) - 1, rows[pick])]
-        x0 = latents[pick].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        sigma = sigma_from_normal(torch.randn(batch, generator=generator), mean=1.0, std=1.3)
-        with torch.autocast("cpu", torch.bfloat16):
-            prompt_embeds, pooled = encode_text(pipeline, text)
-            if null:
-                prompt_embeds = F.pad(prompt_embeds, (0, 0, 0, NULL_TOKENS if step % 64 == 63 else 1))
-            network = pipeline.transformer if null else transformer
-            velocity = network(
-                flow.add_noise(x0, noise, sigma), prompt_embeds, pooled, 1000 * sigma, return_dict=False
-            )[0]
-        loss = F.mse_loss(velocity.float(), flow.velocity(x0, noise))
+        loss = loss_of(step, generator)
         networks.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(trainable)

@@ -1,0 +1,306 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""A second shapes teacher, of the classes of FLUX.1-dev, which learns from the first as that one did from FLUX.1-pro.
+
+    OMP_NUM_THREADS=1 python examples/shapes/train_flux_teacher.py --output_dir runs/flux-teacher
+
+Its transformer follows the guided velocity of the first teacher, with the guidance scale as an input: one pass a step,
+where the first needs two. Rotary positions stand in the place of added ones, a T5 reads the prompt, single blocks
+follow the double ones, and latents have 16 channels and are packed two by two. Weights start from the first teacher's
+where the two networks have the same. Unfinished stages are kept under --work_dir, and the transformer stage resumes.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from demo import HERE
+from hf_flowdistill import flow
+from hf_flowdistill.timesteps import sigma_from_normal
+from hf_flowdistill.training.arguments import silence_libraries
+from scenes import SIZE, random_scene, render
+from train_teacher import SHARES, TEXT_LENGTH, draw_rows, encode_renders, fit, rows_by_kind
+
+
+MOST_GUIDANCE = 3.0  # guidance scales from 1 to this are learned
+TOKENS = SIZE // 8  # on a side of the picture
+
+
+def build_tokenizer(clip) -> PreTrainedTokenizerFast:
+    """The words of the CLIP tokenizer, each a token, at the same places between a start and an end token."""
+    words = sorted({token.removesuffix("</w>") for token in clip.get_vocab() if token.endswith("</w>")})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(name, vocabulary[name]) for name in ("<s>", "</s>")]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=TEXT_LENGTH, **special)
+
+
+def build_pipeline(source: StableDiffusion3Pipeline, args) -> FluxPipeline:
+    """The classes of FLUX.1-dev, small; the text encoder of the pooled output is the first teacher's."""
+    torch.manual_seed(args.seed)
+    tokenizer, width = build_tokenizer(source.tokenizer), source.transformer.config.joint_attention_dim
+    clip = CLIPTextModel.from_pretrained(Path(args.teacher) / "text_encoder").eval()
+    vae_config = {key: source.vae.config[key] for key in ("scaling_factor", "shift_factor")}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=source.transformer.config.num_layers,
+            num_single_layers=args.num_single_layers,
+            attention_head_dim=32,
+            num_attention_heads=source.transformer.config.num_attention_heads,
+            joint_attention_dim=width,
+            pooled_projection_dim=clip.config.hidden_size,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12),
+        ),
+        vae=AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=16,
+            sample_size=SIZE,
+            block_out_channels=(16, 32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=8,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+            **vae_config,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        text_encoder=clip,
+        tokenizer=source.tokenizer,
+        text_encoder_2=T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=width,
+                d_kv=32,
+                d_ff=2 * width,
+                num_heads=4,
+                num_layers=3,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        ).eval(),
+        tokenizer_2=tokenizer,
+    )
+
+
+def pack(latents):
+    """[B, 4, 20, 20] latents of the first teacher as the second one's tokens, [B, 25, 64]: 2 x 2 of a channel become
+    four channels in the autoencoder's latents, and 2 x 2 of those become a token in the pipeline."""
+    folded = F.pixel_unshuffle(latents, 2)
+    return FluxPipeline._pack_latents(folded, *folded.shape)
+
+
+@torch.no_grad()
+def start_from(transformer, source) -> None:
+    """Copy what the transformer of FLUX has in common with the one of Stable Diffusion 3. New parts say nothing."""
+    network, old = transformer.state_dict(), source.transformer.state_dict()
+    for name, value in old.items():
+        if name in network and network[name].shape == value.shape:
+            network[name].copy_(value)
+    # A token's 64 numbers are the same ones, in another order.
+    order = pack(torch.arange(64.0).view(4, 4, 4).repeat(1, TOKENS, TOKENS)[None])[0, 0].long()
+    network["x_embedder.weight"].copy_(old["pos_embed.proj.weight"].flatten(1)[:, order])
+    network["x_embedder.bias"].copy_(old["pos_embed.proj.bias"])
+    pixel_first = torch.arange(64).view(4, 4, 4).permute(2, 0, 1).flatten()[order]  # Stable Diffusion 3's output order
+    network["proj_out.weight"].copy_(old["proj_out.weight"][pixel_first])
+    network["proj_out.bias"].copy_(old["proj_out.bias"][pixel_first])
+    pooled, projection = "time_text_embed.text_embedder.linear_1.weight", source.text_encoder.text_projection.weight
+    network[pooled].copy_(old[pooled][:, : len(projection)] @ projection)
+    # The last block of Stable Diffusion 3 ends its text stream: a scale and a shift, no gates.
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}.norm1_context.linear"
+    for part in ("weight", "bias"):
+        scale, shift = old[f"{last}.{part}"].chunk(2)
+        network[f"{last}.{part}"].zero_()[: 2 * len(scale)] = torch.cat([shift, scale])
+    silent = [block.norm.linear for block in transformer.single_transformer_blocks]
+    for layer in [*silent, transformer.time_text_embed.guidance_embedder.linear_2]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+
+
+def train_vae(vae, source, args) -> None:
+    """The first teacher's autoencoder, with 2 x 2 latents folded into channels: encoder and decoder copy its own."""
+    rng, started = random.Random(args.seed + 1), time.time()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.vae_steps, pct_start=0.1)
+    vae.train().to(memory_format=torch.channels_last)
+    for step in range(args.vae_steps):
+        images = render([random_scene(rng) for _ in range(16)], rng).mul(2).sub(1)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                posterior = source.vae.encode(images).latent_dist
+                target = torch.cat([F.pixel_unshuffle(part, 2) for part in posterior.parameters.chunk(2, 1)], 1)
+                latents = F.pixel_unshuffle(posterior.mode(), 2)
+            encoded = vae.encode(images).latent_dist.parameters
+            restored = vae.decode(latents).sample
+        error = F.mse_loss(restored.float(), images)
+        distance = F.mse_loss(encoded.float(), target.float())
+        loss = (restored.float() - images).abs().mean() + error + 0.1 * distance
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == args.vae_steps - 1:
+            print(
+                f"vae {step}/{args.vae_steps} mse {error.item():.5f} distance of latents {distance.item():.4f} "
+                f"{time.time() - started:.0f}s",
+                flush=True,
+            )
+    vae.eval().to(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def encode_source(source, prompts: list[str]):
+    """prompt_embeds [N, L, D] and pooled [N, P] of the first teacher."""
+    parts = [
+        source.encode_prompt(
+            prompts[i : i + 256], None, None, do_classifier_free_guidance=False, max_sequence_length=1
+        )
+        for i in range(0, len(prompts), 256)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def train_text(encoder, tokens, wanted, args) -> None:
+    """Let the T5 say what the first teacher's text encoders say, token by token, to start from."""
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.text_steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(args.text_steps):
+        rows = torch.randint(len(tokens), (64,), generator=generator)
+        loss = F.mse_loss(encoder(tokens[rows]).last_hidden_state, wanted[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == args.text_steps - 1:
+            print(f"text {step}/{args.text_steps} mse {loss.item():.4f} of {wanted.var().item():.4f}", flush=True)
+
+
+def train_transformer(pipeline, source, args) -> None:
+    """Match the guided velocity of the first teacher, on renders with noise; the T5 learns along."""
+    work = Path(args.work_dir)
+    if not (work / "latents.pt").exists():
+        torch.save(encode_renders(source.vae, args.num_renders, args.seed + 2), work / "latents.pt")
+    latents, prompts = torch.load(work / "latents.pt")
+    unique = sorted(set(prompts)) + [""]
+    row = {prompt: i for i, prompt in enumerate(unique)}
+    rows, by_kind = torch.tensor([row[prompt] for prompt in prompts]), rows_by_kind(prompts)
+    source_embeds, source_pooled = encode_source(source, unique)
+    length = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+    tokens = pipeline.tokenizer_2(unique, **length)["input_ids"]
+    if not (work / "text.pt").exists():
+        train_text(pipeline.text_encoder_2, tokens, source_embeds[:, :TEXT_LENGTH], args)
+        torch.save(pipeline.text_encoder_2.state_dict(), work / "text.pt")
+    pipeline.text_encoder_2.load_state_dict(torch.load(work / "text.pt"))
+    with torch.no_grad():
+        pooled = torch.cat([pipeline._get_clip_prompt_embeds(unique[i : i + 256]) for i in range(0, len(unique), 256)])
+    image_ids = pipeline._prepare_latent_image_ids(1, TOKENS, TOKENS, "cpu", torch.float32)
+    network, teacher = pipeline.transformer, source.transformer.requires_grad_(False)
+    if args.compile:
+        network, teacher = torch.compile(network), torch.compile(teacher)
+
+    others = (1 - args.relation_share) / (1 - SHARES["relation"])
+    shares = {kind: args.relation_share if kind == "relation" else others * SHARES[kind] for kind in SHARES}
+
+    def loss_of(step, generator):
+        pick = draw_rows(by_kind, args.batch_size, generator, shares)
+        text, x0 = rows[pick], latents[pick].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = sigma_from_normal(torch.randn(len(pick), generator=generator), mean=1.0, std=1.3)
+        guidance = 1 + (MOST_GUIDANCE - 1) * torch.rand(len(pick), generator=generator)
+        x_t = flow.add_noise(x0, noise, sigma)
+        both = torch.cat([torch.full_like(text, len(unique) - 1), text])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                halves = teacher(
+                    torch.cat([x_t, x_t]),
+                    source_embeds[both],
+                    source_pooled[both],
+                    1000 * torch.cat([sigma, sigma]),
+                    return_dict=False,
+                )[0].float()
+            unconditional, conditional = halves.chunk(2)
+            wanted = pack(unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional))
+            velocity = network(
+                hidden_states=pack(x_t),
+                timestep=sigma,
+                guidance=guidance,
+                pooled_projections=pooled[text],
+                encoder_hidden_states=pipeline.text_encoder_2(tokens[text]).last_hidden_state,
+                txt_ids=torch.zeros(TEXT_LENGTH, 3),
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
+        return F.mse_loss(velocity.float(), wanted)
+
+    fit(torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder_2]), loss_of, args)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/flux-teacher", help="where the pipeline is saved")
+    parser.add_argument("--work_dir", default="runs/flux-teacher-stages", help="where unfinished stages are kept")
+    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="the first shapes teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_single_layers", type=int, default=2, help="single transformer blocks")
+    parser.add_argument("--vae_steps", type=int, default=1500, help="autoencoder steps of batch 16")
+    parser.add_argument("--text_steps", type=int, default=1500, help="steps of the T5 alone, of batch 64")
+    parser.add_argument("--num_renders", type=int, default=40_000, help="renders the transformer learns from")
+    parser.add_argument(
+        "--relation_share", type=float, default=SHARES["relation"], help="of a batch: prompts that relate two objects"
+    )
+    parser.add_argument("--steps", type=int, default=5000, help="transformer steps")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
+    )
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--compile", action="store_true", help="compile the transformers (needs a C++ compiler)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    silence_libraries()
+    work = Path(args.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    source = StableDiffusion3Pipeline.from_pretrained(args.teacher)
+    pipeline = build_pipeline(source, args)
+    if not (work / "vae").exists():
+        train_vae(pipeline.vae, source, args)
+        pipeline.vae.save_pretrained(work / "vae")
+    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
+    start_from(pipeline.transformer, source)
+    train_transformer(pipeline, source, args)
+    for part in (pipeline, pipeline.vae, pipeline.transformer):  # no path of the machine it was trained on
+        part.register_to_config(_name_or_path="")
+    pipeline.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
