@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from table import summarize
 
 
@@ -52,9 +54,10 @@ def test_two_seeds_end_to_end(tmp_path):
     assert done.returncode == 0 and "judging" not in done.stdout and report.stat().st_mtime_ns == written
 
 
-def test_the_documents_table_is_that_of_the_results():
-    rows = json.loads((ROOT / "docs/results/shapes.json").read_text())
-    assert summarize(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["shapes", "shapes_flux"])
+def test_the_documents_table_is_that_of_the_results(name):
+    rows = json.loads((ROOT / f"docs/results/{name}.json").read_text())
+    assert summarize(rows) in (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
 
 
 def test_a_document_without_a_place_is_refused_first(tmp_path):
