@@ -12,7 +12,6 @@ where the two networks have the same. Unfinished stages are kept under --work_di
 
 import argparse
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -31,8 +30,8 @@ from demo import HERE
 from hf_flowdistill import flow
 from hf_flowdistill.timesteps import sigma_from_normal
 from hf_flowdistill.training.arguments import silence_libraries
-from scenes import SIZE, random_scene, render
-from train_teacher import SHARES, TEXT_LENGTH, draw_rows, encode_renders, fit, rows_by_kind
+from scenes import SIZE
+from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, fit, fit_vae, load_renders, save
 
 
 MOST_GUIDANCE = 3.0  # guidance scales from 1 to this are learned
@@ -58,7 +57,7 @@ def build_pipeline(source: StableDiffusion3Pipeline, args) -> FluxPipeline:
     torch.manual_seed(args.seed)
     tokenizer, width = build_tokenizer(source.tokenizer), source.transformer.config.joint_attention_dim
     clip = CLIPTextModel.from_pretrained(Path(args.teacher) / "text_encoder").eval()
-    vae_config = {key: source.vae.config[key] for key in ("scaling_factor", "shift_factor")}
+    scale = {key: source.vae.config[key] for key in ("scaling_factor", "shift_factor")}
     return FluxPipeline(
         transformer=FluxTransformer2DModel(
             in_channels=64,
@@ -71,21 +70,7 @@ def build_pipeline(source: StableDiffusion3Pipeline, args) -> FluxPipeline:
             guidance_embeds=True,
             axes_dims_rope=(8, 12, 12),
         ),
-        vae=AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=16,
-            sample_size=SIZE,
-            block_out_channels=(16, 32, 64),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            norm_num_groups=8,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=False,
-            **vae_config,
-        ),
+        vae=build_vae(latent_channels=16, widths=(16, 32, 64), **scale),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
         text_encoder=clip,
         tokenizer=source.tokenizer,
@@ -142,47 +127,17 @@ def start_from(transformer, source) -> None:
 
 def train_vae(vae, source, args) -> None:
     """The first teacher's autoencoder, with 2 x 2 latents folded into channels: encoder and decoder copy its own."""
-    rng, started = random.Random(args.seed + 1), time.time()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.vae_steps, pct_start=0.1)
-    vae.train().to(memory_format=torch.channels_last)
-    for step in range(args.vae_steps):
-        images = render([random_scene(rng) for _ in range(16)], rng).mul(2).sub(1)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                posterior = source.vae.encode(images).latent_dist
-                target = torch.cat([F.pixel_unshuffle(part, 2) for part in posterior.parameters.chunk(2, 1)], 1)
-                latents = F.pixel_unshuffle(posterior.mode(), 2)
-            encoded = vae.encode(images).latent_dist.parameters
-            restored = vae.decode(latents).sample
-        error = F.mse_loss(restored.float(), images)
-        distance = F.mse_loss(encoded.float(), target.float())
-        loss = (restored.float() - images).abs().mean() + error + 0.1 * distance
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == args.vae_steps - 1:
-            print(
-                f"vae {step}/{args.vae_steps} mse {error.item():.5f} distance of latents {distance.item():.4f} "
-                f"{time.time() - started:.0f}s",
-                flush=True,
-            )
-    vae.eval().to(memory_format=torch.contiguous_format)
 
+    def loss_of(images):
+        with torch.no_grad():
+            posterior = source.vae.encode(images).latent_dist
+            target = torch.cat([F.pixel_unshuffle(part, 2) for part in posterior.parameters.chunk(2, 1)], 1)
+            latents = F.pixel_unshuffle(posterior.mode(), 2)
+        restored = vae.decode(latents).sample
+        distance = F.mse_loss(vae.encode(images).latent_dist.parameters.float(), target.float())
+        return restored, 0.1 * distance, lambda: f"distance of latents {distance.item():.4f}"
 
-@torch.no_grad()
-def encode_source(source, prompts: list[str]):
-    """prompt_embeds [N, L, D] and pooled [N, P] of the first teacher."""
-    parts = [
-        source.encode_prompt(
-            prompts[i : i + 256], None, None, do_classifier_free_guidance=False, max_sequence_length=1
-        )
-        for i in range(0, len(prompts), 256)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
+    fit_vae(vae, args.vae_steps, random.Random(args.seed + 1), loss_of)
 
 
 def train_text(encoder, tokens, wanted, args) -> None:
@@ -203,22 +158,19 @@ def train_text(encoder, tokens, wanted, args) -> None:
 
 def train_transformer(pipeline, source, args) -> None:
     """Match the guided velocity of the first teacher, on renders with noise; the T5 learns along."""
-    work = Path(args.work_dir)
-    if not (work / "latents.pt").exists():
-        torch.save(encode_renders(source.vae, args.num_renders, args.seed + 2), work / "latents.pt")
-    latents, prompts = torch.load(work / "latents.pt")
-    unique = sorted(set(prompts)) + [""]
-    row = {prompt: i for i, prompt in enumerate(unique)}
-    rows, by_kind = torch.tensor([row[prompt] for prompt in prompts]), rows_by_kind(prompts)
-    source_embeds, source_pooled = encode_source(source, unique)
+    latents, unique, rows, by_kind = load_renders(source.vae, args)
+    with torch.no_grad():
+        source_embeds, _, source_pooled, _ = source.encode_prompt(
+            unique, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+        )
+        pooled = pipeline._get_clip_prompt_embeds(unique)
     length = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
     tokens = pipeline.tokenizer_2(unique, **length)["input_ids"]
-    if not (work / "text.pt").exists():
+    text_file = Path(args.work_dir) / "text.pt"
+    if not text_file.exists():
         train_text(pipeline.text_encoder_2, tokens, source_embeds[:, :TEXT_LENGTH], args)
-        torch.save(pipeline.text_encoder_2.state_dict(), work / "text.pt")
-    pipeline.text_encoder_2.load_state_dict(torch.load(work / "text.pt"))
-    with torch.no_grad():
-        pooled = torch.cat([pipeline._get_clip_prompt_embeds(unique[i : i + 256]) for i in range(0, len(unique), 256)])
+        torch.save(pipeline.text_encoder_2.state_dict(), text_file)
+    pipeline.text_encoder_2.load_state_dict(torch.load(text_file))
     image_ids = pipeline._prepare_latent_image_ids(1, TOKENS, TOKENS, "cpu", torch.float32)
     network, teacher = pipeline.transformer, source.transformer.requires_grad_(False)
     if args.compile:
@@ -245,7 +197,7 @@ def train_transformer(pipeline, source, args) -> None:
                     return_dict=False,
                 )[0].float()
             unconditional, conditional = halves.chunk(2)
-            wanted = pack(unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional))
+            wanted = pack(flow.guide(unconditional, conditional, guidance.view(-1, 1, 1, 1)))
             velocity = network(
                 hidden_states=pack(x_t),
                 timestep=sigma,
@@ -297,9 +249,7 @@ def main():
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
     start_from(pipeline.transformer, source)
     train_transformer(pipeline, source, args)
-    for part in (pipeline, pipeline.vae, pipeline.transformer):  # no path of the machine it was trained on
-        part.register_to_config(_name_or_path="")
-    pipeline.save_pretrained(args.output_dir)
+    save(pipeline, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -108,26 +108,29 @@ def build_silent_encoder(width: int):
     return encoder, tokenizer
 
 
-def build_pipeline(args) -> StableDiffusion3Pipeline:
-    """The untrained teacher: the classes of Stable Diffusion 3, small."""
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    vae = AutoencoderKL(
+def build_vae(latent_channels: int, widths: tuple[int, ...], **scale) -> AutoencoderKL:
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=4,
+        latent_channels=latent_channels,
         sample_size=SIZE,
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
         norm_num_groups=8,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
+        **scale,
     )
+
+
+def build_pipeline(args) -> StableDiffusion3Pipeline:
+    """The untrained teacher: the classes of Stable Diffusion 3, small."""
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    vae = build_vae(latent_channels=4, widths=(16, 32), scaling_factor=1.0, shift_factor=0.0)
     transformer = SD3Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=4,
@@ -159,10 +162,9 @@ def build_pipeline(args) -> StableDiffusion3Pipeline:
     )
 
 
-def train_vae(vae, args) -> None:
-    """Autoencoder on fresh renders: absolute error, a little KL; then latents are standardised by the config."""
-    rng, steps = random.Random(args.seed + 1), args.vae_steps
-    generator = torch.Generator().manual_seed(args.seed)
+def fit_vae(vae, steps: int, rng: random.Random, loss_of) -> None:
+    """Lower the absolute and squared error of the pictures that `loss_of(images)` restores from fresh renders, and the
+    further loss that it gives; its third result is what the progress line says of that."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     vae.train().to(memory_format=torch.channels_last)
@@ -171,14 +173,10 @@ def train_vae(vae, args) -> None:
         images = render([random_scene(rng) for _ in range(16)], rng).mul(2).sub(1)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            restored = vae.decode(posterior.sample(generator)).sample
+            restored, further, says = loss_of(images)
         restored = restored.float()
-        loss = (
-            (restored - images).abs().mean()
-            + F.mse_loss(restored, images)
-            + args.kl_weight * posterior.kl().float().mean()
-        )
+        error = F.mse_loss(restored, images)
+        loss = (restored - images).abs().mean() + error + further
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -186,11 +184,24 @@ def train_vae(vae, args) -> None:
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(
-                f"vae {step}/{steps} loss {loss.item():.4f} mse {F.mse_loss(restored, images).item():.5f} "
-                f"kl {posterior.kl().mean().item():.1f} {time.time() - started:.0f}s",
+                f"vae {step}/{steps} loss {loss.item():.4f} mse {error.item():.5f} {says()} "
+                f"{time.time() - started:.0f}s",
                 flush=True,
             )
     vae.eval().to(memory_format=torch.contiguous_format)
+
+
+def train_vae(vae, args) -> None:
+    """Autoencoder on fresh renders: absolute error, a little KL; then latents are standardised by the config."""
+    rng, generator = random.Random(args.seed + 1), torch.Generator().manual_seed(args.seed)
+
+    def loss_of(images):
+        posterior = vae.encode(images).latent_dist
+        restored = vae.decode(posterior.sample(generator)).sample
+        kl = posterior.kl().float().mean()
+        return restored, args.kl_weight * kl, lambda: f"kl {kl.item():.1f}"
+
+    fit_vae(vae, args.vae_steps, rng, loss_of)
     with torch.no_grad():
         latents = vae.encode(render([random_scene(rng) for _ in range(512)], rng).mul(2).sub(1)).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
@@ -244,14 +255,25 @@ def kind_of(prompt: str) -> str:
     return "relation" if "and" not in words else "two kinds" if len(words) == 5 else "two colours"
 
 
-def rows_by_kind(prompts: list[str]) -> list[torch.Tensor]:
-    """The numbers of the prompts of every kind in `SHARES`."""
+def load_renders(vae, args):
+    """The latents of renders, encoded once in --work_dir, with their prompts.
+
+    Returns latents [N, C, H, W], the distinct prompts and an empty one, rows [N]: which of these a render has, and for
+    every kind in `SHARES` the numbers of its renders.
+    """
+    path = Path(args.work_dir) / "latents.pt"
+    if not path.exists():
+        torch.save(encode_renders(vae, args.num_renders, args.seed + 2), path)
+    latents, prompts = torch.load(path)
+    unique = sorted(set(prompts)) + [""]
+    row = {prompt: i for i, prompt in enumerate(unique)}
     kinds = [kind_of(prompt) for prompt in prompts]
-    return [torch.tensor([i for i, kind in enumerate(kinds) if kind == name]) for name in SHARES]
+    by_kind = [torch.tensor([i for i, kind in enumerate(kinds) if kind == name]) for name in SHARES]
+    return latents, unique, torch.tensor([row[prompt] for prompt in prompts]), by_kind
 
 
 def draw_rows(by_kind: list[torch.Tensor], count: int, generator, shares=SHARES) -> torch.Tensor:
-    """[count] numbers of prompts, their kinds drawn by `shares`."""
+    """[count] numbers of renders, the kinds of their prompts drawn by `shares`."""
     drawn = torch.multinomial(
         torch.tensor(list(shares.values())), count, replacement=True, generator=generator
     ).tolist()
@@ -264,12 +286,8 @@ def train_transformer(pipeline, args) -> None:
     Hard prompts are drawn more often; 10 % of the prompts are dropped; the text encoders learn along. One batch in 16
     appends null tokens, as many as the stock call or one, so that any number of them will do.
     """
-    latents, prompts = torch.load(Path(args.work_dir) / "latents.pt")
-    unique = sorted(set(prompts)) + [""]
-    row = {prompt: i for i, prompt in enumerate(unique)}
-    tokenized = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, truncation=True)["input_ids"]
-    tokens, rows = torch.tensor(tokenized), torch.tensor([row[prompt] for prompt in prompts])
-    by_kind = rows_by_kind(prompts)
+    latents, unique, rows, by_kind = load_renders(pipeline.vae, args)
+    tokens = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
     transformer = torch.compile(pipeline.transformer) if args.compile else pipeline.transformer
 
     def loss_of(step, generator):
@@ -336,6 +354,13 @@ def fit(networks, loss_of, args) -> None:
             parameter.copy_(value)
 
 
+def save(pipeline, folder) -> None:
+    """Save a pipeline without the paths of the machine it was trained on."""
+    for part in (pipeline, pipeline.vae, pipeline.transformer):
+        part.register_to_config(_name_or_path="")
+    pipeline.save_pretrained(folder)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="examples/shapes/teacher", help="where the pipeline is saved")
@@ -376,15 +401,11 @@ def main():
     if "transformer" in args.stages:
         if not args.init_from:
             pipeline.register_modules(vae=AutoencoderKL.from_pretrained(work / "vae").eval())
-        if not (work / "latents.pt").exists():
-            torch.save(encode_renders(pipeline.vae, args.num_renders, args.seed + 2), work / "latents.pt")
         if "RANK" in os.environ:
             torch.distributed.init_process_group("gloo")
         train_transformer(pipeline, args)
         if int(os.environ.get("RANK", 0)) == 0:
-            for part in (pipeline, pipeline.vae, pipeline.transformer):  # no path of the machine it was trained on
-                part.register_to_config(_name_or_path="")
-            pipeline.save_pretrained(args.output_dir)
+            save(pipeline, args.output_dir)
             # half the size to download; from_pretrained loads it in float32 all the same
             pipeline.transformer.half().save_pretrained(Path(args.output_dir) / "transformer")
 
