@@ -135,7 +135,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/convergence", help="where the runs are (default: %(default)s)")
     parser.add_argument("--max_train_images", type=int, default=48_000, help='of the training with "sid"')
-    parser.add_argument("--points", type=int, default=16, help="how many times the student is judged on the way")
+    parser.add_argument("--points", type=int, default=8, help="how many times the student is judged on the way")
     parser.add_argument("--num_prompts", type=int, default=1000, help="freshly drawn prompts")
     parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
     args, more = parser.parse_known_args()
