@@ -48,9 +48,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def make_latents(contract, teacher, conditional, unconditional, scale, noise, num_steps=28):
-    """The teacher's own latents, by Euler's method on evenly spaced sigmas."""
-    sigmas, x_t = torch.linspace(1, 0, num_steps + 1), noise
+def make_latents(contract, teacher, conditional, unconditional, scale, x_t, num_steps=28, start=1.0):
+    """The teacher's latents, by Euler's method from `x_t` at sigma `start`, in `start` times `num_steps` even ones."""
+    sigmas = torch.linspace(start, 0, round(num_steps * start) + 1)
     for sigma, following in zip(sigmas, sigmas[1:]):
         level = sigma.expand(len(x_t))
         velocity = contract.guided_velocity(teacher, x_t, level, conditional, unconditional, scale)
@@ -122,7 +122,7 @@ def main():
             [
                 make_latents(
                     *(contract, teacher, conditional[part], unconditional, args.guidance_scale),
-                    noise=torch.randn(len(part), *contract.latent_shape, generator=generator),
+                    x_t=torch.randn(len(part), *contract.latent_shape, generator=generator),
                 )
                 for part in parts
             ]
