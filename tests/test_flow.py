@@ -152,6 +152,25 @@ def test_guidance_commutes_with_conversion():
         assert_close(flow.guide(*parts, 4.5), from_velocity(x_t, guided, sigma))
 
 
+def test_rescaled_guidance_has_the_contrast_asked_for():
+    x0, noise, sigma, x_t = make_sample()
+    unconditional, conditional = flow.velocity(x0, noise), 0.3 * noise + x0
+    guided = flow.guide(unconditional, conditional, 4.5)
+
+    def x0_of(velocity):
+        return flow.x0_from_velocity(x_t, velocity, sigma)
+
+    def contrast(velocity):
+        return x0_of(velocity).flatten(1).std(1)
+
+    for factor in (0.0, 0.3, 1.0):
+        rescaled = flow.rescale_guidance(guided, conditional, x_t, sigma, factor)
+        wanted = (1 - factor) * contrast(guided) + factor * contrast(conditional)
+        assert_close(contrast(rescaled), wanted)
+        ratio = flow.expand_like(wanted / contrast(guided), x_t)
+        assert_close(x0_of(rescaled), ratio * x0_of(guided))
+
+
 def test_sigma_is_per_sample_and_keeps_its_precision():
     x = torch.zeros(3, 3, dtype=torch.bfloat16)
     sigma = torch.tensor([0.999, 0.5, 0.1])

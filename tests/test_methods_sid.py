@@ -87,9 +87,11 @@ def test_each_turn_leaves_the_others_alone():
         assert not same(start[role], state(getattr(networks, role)))
 
 
-def test_the_generator_turn_is_equation_18():
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_the_generator_turn_is_equation_18(rescale):
     networks, contract, one = fresh_networks(), teacher()[1], batch(k=2)
-    config = SiDConfig(loss_scale=3.0, teacher_guidance_scale=2.0, fake_guidance_scale=1.5)
+    scales = {"teacher_guidance_scale": 2.0, "fake_guidance_scale": 1.5, "guidance_rescale": rescale}
+    config = SiDConfig(loss_scale=3.0, **scales)
     loss, metrics = generator_turn(networks, contract, one, config)
 
     x0 = generate_x0(networks.generator, contract, one.conditional, one.noises, k=2)
@@ -100,6 +102,8 @@ def test_the_generator_turn_is_equation_18():
         return flow.x0_from_velocity(x_t, flow.guide(*halves, scale), one.sigma)
 
     x0_teacher, x0_fake = prediction(networks.teacher, 2.0), prediction(networks.fake_score, 1.5)
+    unguided, dims = prediction(networks.teacher, 1.0), tuple(range(1, x0.ndim))
+    x0_teacher *= 1 - rescale + rescale * unguided.std(dims, keepdim=True) / x0_teacher.std(dims, keepdim=True)
     inner = ((x0_teacher - x0_fake) * (x0_fake - x0)).flatten(1).sum(1)
     expected = 3.0 * ((1 - one.sigma) * inner).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)

@@ -122,6 +122,7 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
         "at least 0",
         lambda value: value >= 0,
     ),
+    ("guidance_rescale", "from 0 to 1", lambda value: 0 <= value <= 1),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
         "learning_rate fake_score_learning_rate adam_epsilon max_grad_norm sigma_std images_per_second lora_alpha",
@@ -197,6 +198,13 @@ def parse_args(input_args=None):
     add("--teacher_guidance_scale", type=float, default=4.5, metavar="X", help="guidance of the teacher; 1 = off")
     add("--fake_guidance_scale", type=float, metavar="X", help="fake score, in the generator loss; as the teacher's")
     add("--fake_train_guidance_scale", type=float, metavar="X", help="fake score, in its own loss; as the teacher's")
+    add(
+        "--guidance_rescale",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="from 0 to 1: scale the guided teacher's x0 towards the contrast of its unguided one; in two passes only",
+    )
     add(
         "--guidance_mode",
         choices=GUIDANCE_MODES,
@@ -852,6 +860,11 @@ def choose_guidance(args, contract):
             raise UserError(
                 f"{contract.pipeline_class} cannot be guided by {mode}: the mode must be {' or '.join(modes)}."
             )
+    if args.guidance_rescale and teacher == "embedded":
+        raise UserError(
+            "--guidance_rescale compares a guided pass with an unguided one, and this teacher is guided by the scale "
+            "that it embeds: leave it out, or take --guidance_mode cfg or both."
+        )
     return teacher, fake
 
 

@@ -28,6 +28,7 @@ class SiDConfig:
         teacher_guidance_scale: guidance of the teacher in the generator loss; 1 = off.
         fake_guidance_scale: guidance of the fake score in the generator loss; 1 = off.
         fake_train_guidance_scale: guidance inside the fake score's own regression; 1 = off.
+        guidance_rescale: of the teacher in the generator loss, in [0, 1]; 0 = off, see `flow.rescale_guidance`.
         guidance_mode: of the teacher, "cfg", "embedded" or "both"; see `Contract.guided_velocity`.
         fake_guidance_mode: the same of the fake score, in both places.
     """
@@ -40,6 +41,7 @@ class SiDConfig:
     teacher_guidance_scale: float = 4.5
     fake_guidance_scale: float = 4.5
     fake_train_guidance_scale: float = 4.5
+    guidance_rescale: float = 0.0
     guidance_mode: str = "cfg"
     fake_guidance_mode: str = "cfg"
 
@@ -122,14 +124,14 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     batch.x0 = x0.detach()
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
 
-    def predict_x0(network, scale, mode):
+    def predict_x0(network, scale, mode, rescale=0.0):
         words = batch.conditional, batch.unconditional
-        velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, scale, mode)
+        velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, scale, mode, rescale)
         return flow.x0_from_velocity(x_t, velocity, batch.sigma)
 
     return sid_generator_loss(
         x0,
-        predict_x0(networks.teacher, config.teacher_guidance_scale, config.guidance_mode),
+        predict_x0(networks.teacher, config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale),
         predict_x0(networks.fake_score, config.fake_guidance_scale, config.fake_guidance_mode),
         batch.sigma,
         alpha=config.alpha,

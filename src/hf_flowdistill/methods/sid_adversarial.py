@@ -103,7 +103,13 @@ def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
     words = batch.conditional, batch.unconditional
     of_teacher = contract.guided_velocity(
-        networks.teacher, x_t, batch.sigma, *words, config.teacher_guidance_scale, config.guidance_mode
+        networks.teacher,
+        x_t,
+        batch.sigma,
+        *words,
+        config.teacher_guidance_scale,
+        config.guidance_mode,
+        config.guidance_rescale,
     )
     of_fake, logits = guided_velocity_and_features(
         networks.fake_score,

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from hf_flowdistill.flow import guide
+from hf_flowdistill.flow import guide, rescale_guidance
 from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
 from hf_flowdistill.teachers.inference import same
@@ -175,6 +175,7 @@ class Contract:
         unconditional: Conditioning,
         scale: float,
         mode: str | None = None,
+        rescale: float = 0.0,
     ) -> Tensor:
         """Velocity under guidance.
 
@@ -183,12 +184,16 @@ class Contract:
             mode: one of `guidance_modes`. "cfg" is classifier-free guidance, SiD-DiT Eq. 15, in one call of twice the
                 batch, with an embedded scale at 1; "embedded" embeds `scale` in one call; "both" does both. None is
                 classifier-free guidance with whatever scale the conditioning embeds.
+            rescale: of classifier-free guidance, in [0, 1]; see `flow.rescale_guidance`.
 
         Gradient flows through both halves. Other arguments, returned tensor and errors as in `velocity`.
         """
         inputs = self.guided_inputs(x_t, sigma, conditional, unconditional, scale, mode)
         velocity = self.velocity(transformer, *inputs)
-        return velocity if len(velocity) == len(x_t) else guide(*velocity.chunk(2), scale)
+        if len(velocity) == len(x_t):
+            return velocity
+        guided, half = guide(*velocity.chunk(2), scale), velocity[len(x_t) :]
+        return rescale_guidance(guided, half, x_t, sigma, rescale) if rescale else guided
 
     def guided_inputs(
         self, x_t, sigma, conditional, unconditional, scale, mode=None
