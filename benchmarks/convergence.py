@@ -54,11 +54,12 @@ def dmd_generator_turn(networks, contract, batch, config):
         x_t = flow.add_noise(x0, batch.noise, batch.sigma)
         words = batch.conditional, batch.unconditional
 
-        def predict_x0(network, scale, mode):
-            velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, scale, mode)
+        def predict_x0(network, *guidance):
+            velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, *guidance)
             return flow.x0_from_velocity(x_t, velocity, batch.sigma)
 
-        x0_teacher = predict_x0(networks.teacher, config.teacher_guidance_scale, config.guidance_mode)
+        of_teacher = config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale
+        x0_teacher = predict_x0(networks.teacher, *of_teacher)
         gap = predict_x0(networks.fake_score, config.fake_guidance_scale, config.fake_guidance_mode) - x0_teacher
         size = (x0 - x0_teacher).abs().flatten(1).mean(1)
     per_image = (gap * x0).flatten(1).sum(1) / size

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from support_table import BEGIN, END, PAGE, support_table, without_errors
 from tiny_pipelines import HEIGHT, WIDTH
 
-from hf_flowdistill.flow import guide
+from hf_flowdistill.flow import guide, rescale_guidance
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 
 
@@ -287,7 +287,7 @@ def test_embedded_guidance_can_be_replaced():
 
 @pytest.mark.parametrize("mode, embedded", [("cfg", 1.0), ("embedded", 3.0), ("both", 3.0), (None, 3.5)])
 def test_modes_of_guidance(mode, embedded):
-    """One pass or two, and the scale that the network is given, by mode; without guidance it is the student's, 1."""
+    """Passes, and the scale that the network is given: 1 without guidance, and where contrast is measured."""
     case = build("flux")
     halves = encode_prompts(case.pipeline, case.contract, PROMPTS)
     x_t = torch.randn(3, *case.contract.latent_shape, generator=torch.Generator().manual_seed(4))
@@ -302,9 +302,13 @@ def test_modes_of_guidance(mode, embedded):
         }
         wanted = alone[embedded][0] if mode == "embedded" else guide(*alone[embedded][::-1], 3.0)
         found = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 3.0, mode)
-        off = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 1.0, mode)
+        off = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 1.0, mode, 0.7)
+        rescaled = case.contract.guided_velocity(case.transformer, x_t, sigma, *halves, 3.0, mode, 0.7)
+    unguided = alone[embedded if mode is None else 1.0][0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(off, alone[embedded if mode is None else 1.0][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(off, unguided, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rescaled, rescale_guidance(wanted, unguided, x_t, sigma, 0.7), atol=1e-4, rtol=0)
+    assert (rescaled - found).abs().max() > 1e-3
 
 
 def test_half_precision_pipeline():

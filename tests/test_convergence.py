@@ -20,7 +20,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BENCHMARK = runpy.run_path(str(BENCHMARKS / "convergence.py"))
 count = runpy.run_path(str(BENCHMARKS / "work.py"))["count_flops"]
 TURNS = {"sid": generator_turn, "dmd": BENCHMARK["dmd_generator_turn"]}
-CONFIGS = {"sid": SiDConfig(), "dmd": SiDConfig(fake_guidance_scale=1.0, fake_train_guidance_scale=1.0)}
+CONFIGS = {
+    "sid": SiDConfig(),
+    "dmd": SiDConfig(fake_guidance_scale=1.0, fake_train_guidance_scale=1.0, guidance_rescale=0.7),
+}
 
 
 def test_dmds_gradient_at_x0_is_the_normalised_gap(monkeypatch):
@@ -32,11 +35,10 @@ def test_dmds_gradient_at_x0_is_the_normalised_gap(monkeypatch):
 
     x_t = flow.add_noise(x0.detach(), batch.noise, batch.sigma)
     predicted = {}
-    for name, scale in (("teacher", config.teacher_guidance_scale), ("fake_score", 1.0)):
+    words = batch.conditional, batch.unconditional
+    for name, guidance in (("teacher", (config.teacher_guidance_scale, "cfg", 0.7)), ("fake_score", (1.0, "cfg"))):
         with torch.no_grad():
-            velocity = contract.guided_velocity(
-                getattr(networks, name), x_t, batch.sigma, batch.conditional, batch.unconditional, scale, "cfg"
-            )
+            velocity = contract.guided_velocity(getattr(networks, name), x_t, batch.sigma, *words, *guidance)
         predicted[name] = flow.x0_from_velocity(x_t, velocity, batch.sigma)
     size = (x0 - predicted["teacher"]).detach().abs().mean((1, 2, 3), keepdim=True)
     expected = config.loss_scale * (predicted["fake_score"] - predicted["teacher"]) / size / tiny.BATCH

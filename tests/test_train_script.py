@@ -238,10 +238,6 @@ REFUSED = {
         "StableDiffusion3Pipeline cannot be guided by both: the mode must be cfg",
     ),
     "more than all of it": (lambda: {"guidance_rescale": 1.5}, "--guidance_rescale is 1.5: it must be from 0 to 1"),
-    "nothing to rescale": (
-        lambda: {"pretrained_model_name_or_path": saved_teacher("flux"), "guidance_rescale": 0.7},
-        "--guidance_rescale compares a guided pass with an unguided one, and this teacher is guided by the scale",
-    ),
     "one share of four": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),

@@ -203,7 +203,7 @@ def parse_args(input_args=None):
         type=float,
         default=0.0,
         metavar="X",
-        help="from 0 to 1: scale the guided teacher's x0 towards the contrast of its unguided one; in two passes only",
+        help="from 0 to 1: scale the guided teacher's x0 back towards the contrast of its unguided one",
     )
     add(
         "--guidance_mode",
@@ -860,11 +860,6 @@ def choose_guidance(args, contract):
             raise UserError(
                 f"{contract.pipeline_class} cannot be guided by {mode}: the mode must be {' or '.join(modes)}."
             )
-    if args.guidance_rescale and teacher == "embedded":
-        raise UserError(
-            "--guidance_rescale compares a guided pass with an unguided one, and this teacher is guided by the scale "
-            "that it embeds: leave it out, or take --guidance_mode cfg or both."
-        )
     return teacher, fake
 
 

@@ -99,21 +99,21 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def rescale_guidance(guided: Tensor, conditional: Tensor, x_t: Tensor, sigma: Tensor, factor: float) -> Tensor:
+def rescale_guidance(guided: Tensor, unguided: Tensor, x_t: Tensor, sigma: Tensor, factor: float) -> Tensor:
     """The guided velocity whose x0 is scaled towards the contrast of the unguided x0. arXiv:2305.08891, Sec. 3.4.
 
-    x0 is multiplied by 1 - factor + factor * std(x0 of conditional) / std(x0 of guided), each standard deviation over
+    x0 is multiplied by 1 - factor + factor * std(x0 of unguided) / std(x0 of guided), each standard deviation over
     all elements of a sample; factor 0 changes nothing, 1 gives x0 the unguided contrast. The paper does so to the
     network's output; here it is x0, which is the same whatever the network predicts. Gradient flows through all.
 
     Args:
-        guided, conditional: velocities, [B, ...].
+        guided, unguided: velocities, [B, ...].
         x_t: what they were predicted at, [B, ...].
         sigma: [B], in (0, 1].
     """
-    x0_guided, x0_conditional = (x0_from_velocity(x_t, velocity, sigma) for velocity in (guided, conditional))
+    x0_guided, x0_unguided = (x0_from_velocity(x_t, velocity, sigma) for velocity in (guided, unguided))
     dims = tuple(range(1, x_t.ndim))
-    ratio = x0_conditional.std(dims, keepdim=True) / x0_guided.std(dims, keepdim=True)
+    ratio = x0_unguided.std(dims, keepdim=True) / x0_guided.std(dims, keepdim=True)
     return guided + factor * (1 - ratio) * x0_guided / expand_like(sigma, x_t)
 
 

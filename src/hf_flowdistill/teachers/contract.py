@@ -184,16 +184,21 @@ class Contract:
             mode: one of `guidance_modes`. "cfg" is classifier-free guidance, SiD-DiT Eq. 15, in one call of twice the
                 batch, with an embedded scale at 1; "embedded" embeds `scale` in one call; "both" does both. None is
                 classifier-free guidance with whatever scale the conditioning embeds.
-            rescale: of classifier-free guidance, in [0, 1]; see `flow.rescale_guidance`.
+            rescale: how far the contrast goes back to that without guidance, in [0, 1]; see `flow.rescale_guidance`.
+                Where a scale is embedded, that takes one more call, with 1 in its place.
 
-        Gradient flows through both halves. Other arguments, returned tensor and errors as in `velocity`.
+        Gradient flows through all calls. Other arguments, returned tensor and errors as in `velocity`.
         """
         inputs = self.guided_inputs(x_t, sigma, conditional, unconditional, scale, mode)
         velocity = self.velocity(transformer, *inputs)
-        if len(velocity) == len(x_t):
-            return velocity
-        guided, half = guide(*velocity.chunk(2), scale), velocity[len(x_t) :]
-        return rescale_guidance(guided, half, x_t, sigma, rescale) if rescale else guided
+        guided = velocity if len(velocity) == len(x_t) else guide(*velocity.chunk(2), scale)
+        if scale == 1 or not rescale:
+            return guided
+        if mode in ("embedded", "both"):
+            unguided = self.velocity(transformer, x_t, sigma, conditional.with_embedded_guidance(1.0))
+        else:
+            unguided = velocity[len(x_t) :]
+        return rescale_guidance(guided, unguided, x_t, sigma, rescale)
 
     def guided_inputs(
         self, x_t, sigma, conditional, unconditional, scale, mode=None
