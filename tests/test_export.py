@@ -69,10 +69,11 @@ def test_a_stock_call_visits_the_few_step_sigmas(name, num_steps, expected):
     assert np.isfinite(images).all()
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("num_steps, sigmas", [(1, None), (2, None), (4, None), (3, [1.0, 0.8, 0.75])])
 @pytest.mark.parametrize("noise_type", ["fresh", "fixed", "ddim"])
-def test_the_student_draws_what_the_rollout_of_training_draws(tmp_path, noise_type, num_steps):
-    _, folder = export(tmp_path, noise_type=noise_type, num_steps=num_steps)
+def test_the_student_draws_what_the_rollout_of_training_draws(tmp_path, noise_type, num_steps, sigmas):
+    off = {"guidance_scale": 1.0} | ({"sigmas": sigmas} if sigmas else {})
+    _, folder = export(tmp_path, noise_type=noise_type, num_steps=num_steps, guidance_off=off)
     student = student_of(folder)
     latents = student([PROMPT, "dogs"], generator=seeded(3), output_type="latent").images
 
@@ -87,7 +88,7 @@ def test_the_student_draws_what_the_rollout_of_training_draws(tmp_path, noise_ty
         return student.transformer(hidden_states=x_t, timestep=1000 * sigma, **embeddings, return_dict=False)[0]
 
     with torch.no_grad():
-        expected = rollout(velocity_fn, noises.__getitem__, num_steps=num_steps, noise_type=noise_type)
+        expected = rollout(velocity_fn, noises.__getitem__, num_steps=num_steps, noise_type=noise_type, sigmas=sigmas)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
 
 
@@ -178,6 +179,27 @@ def test_the_student_takes_other_numbers_of_steps_and_leaves_its_scheduler_as_it
     torch.testing.assert_close(student.scheduler.sigmas, torch.tensor([1, 0.6, 0]), rtol=0, atol=1e-6)
     assert dict(student.scheduler.config) == config
     assert "step" not in vars(student.scheduler)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
+def test_a_student_samples_at_its_own_sigmas(tmp_path, name):
+    """With the stock class too, which its card tells to; in fewer steps at the first and the last of them."""
+    levels, off = [1.0, 0.8, 0.75, 0.4], {"guidance_scale": 1.0}
+    _, folder = export(tmp_path, name, guidance_off={**off, "sigmas": levels})
+    student, stock = student_of(folder), load_pipeline(folder)
+
+    def visited(pipeline, **call):
+        pipeline(PROMPT, output_type="latent", **call)
+        return [round(sigma, 6) for sigma in pipeline.scheduler.sigmas.tolist()]
+
+    assert visited(stock, sigmas=levels, **off, **PIPELINES[name][1]) == [*levels, 0]
+    assert "sigmas=[1.0, 0.8, 0.75, 0.4]" in (folder / "README.md").read_text()
+    assert visited(student) == [*levels, 0]
+    for num_steps, expected in [(3, [1, 0.75, 0.4, 0]), (2, [1, 0.4, 0]), (1, [1, 0])]:
+        assert visited(student, num_inference_steps=num_steps) == expected
+    assert visited(student, sigmas=[1.0, 0.5], num_inference_steps=2) == [1, 0.5, 0]
+    with pytest.raises(ValueError, match="This student has 4 steps"):
+        student(PROMPT, num_inference_steps=5)
 
 
 def test_the_students_call_has_the_stock_signature_with_its_own_defaults(tmp_path):

@@ -9,11 +9,13 @@ the generator, which becomes the student, and the fake score, which follows what
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +179,13 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
     add("--num_steps", type=int, default=4, metavar="N", help="sampler steps of the student")
+    add(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="their noise levels, --num_steps numbers that fall from 1; by default 1 - i / num_steps from i = 0",
+    )
     add("--noise_type", choices=NOISE_TYPES, default="fresh", help="noise of the sampler steps after the first")
     add(
         "--step_shares",
@@ -353,7 +362,11 @@ def check_combinations(args):
         )
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
-    shares = args.step_shares
+    levels, shares = args.sigmas, args.step_shares
+    if levels and (
+        len(levels) != args.num_steps or levels[0] != 1 or any(not a > b for a, b in pairwise([*levels, 0]))
+    ):
+        raise UserError(f"--sigmas must be {args.num_steps} numbers (--num_steps) that start at 1 and fall towards 0.")
     if shares and (len(shares) != args.num_steps or not all(x >= 0 for x in shares) or not sum(shares) <= 1 + 1e-6):
         raise UserError(f"--step_shares must be {args.num_steps} numbers (--num_steps) from 0 that sum to 1 or less.")
 
@@ -491,6 +504,10 @@ def main(input_args=None):
     with on_device(run):
         contracts = learn_contracts(run.pipeline, sizes, args.pipeline_kwargs, row_by_row=args.sharding != "none")
     run.contract = contracts[0]
+    if args.sigmas and "sigmas" not in inspect.signature(run.pipeline.__call__).parameters:
+        raise UserError(
+            f"{run.contract.pipeline_class} takes no sigmas, so that no student of it could: leave out --sigmas."
+        )
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
     roles.layers(run.pipeline.transformer)  # which refuses unknown names, while that is early
@@ -901,6 +918,7 @@ def validate(run):
                 lambda i, draw=draw: draw(purpose=f"validation step {i}"),
                 num_steps=args.num_steps,
                 noise_type=args.noise_type,
+                sigmas=args.sigmas,
             )
         latents.append(x0)
     if not run.accelerator.is_main_process:
@@ -918,7 +936,7 @@ def save_student(run):
     student = run.sharding.gather(run.ema.model)
     if not run.accelerator.is_main_process:
         return
-    guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps)
+    guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps, args.sigmas)
     defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,

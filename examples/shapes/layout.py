@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from demo import CALL, HERE, own_steps
+from demo import CALL, HERE
 from detector import accuracy
 from drift import make_latents
 from hf_flowdistill import flow
@@ -43,14 +43,12 @@ def encode(encoder, images):
     return encoder([Image.fromarray(picture) for picture in pixels])
 
 
-def after_calls(contract, generator, conditional, num_steps, noise_type, draw):
-    """The student's x0 after 1 to num_steps calls, all of the same noises; `draw()` gives some."""
-    noises = [draw() for _ in range(num_steps)]
+def after_calls(contract, generator, conditional, sigmas, noise_type, draw):
+    """The student's x0 after 1 to all calls, at `sigmas`, of the same noises; `draw()` gives some."""
+    noises = [draw() for _ in sigmas]
     return [
-        generate_x0(
-            generator, contract, conditional, noises.__getitem__, k=k, num_steps=num_steps, noise_type=noise_type
-        )
-        for k in range(1, num_steps + 1)
+        generate_x0(generator, contract, conditional, noises.__getitem__, k=k, sigmas=sigmas, noise_type=noise_type)
+        for k in range(1, len(sigmas) + 1)
     ]
 
 
@@ -72,16 +70,17 @@ def main():
     if not Path(args.student, "model_index.json").is_file():
         raise UserError(f"{args.student} holds no student: `make demo` makes one, or give --student.")
     silence_libraries()
-    num_steps, noise_type = own_steps(args.student), read_settings(args.student)["student"]["noise_type"]
+    student = read_settings(args.student)["student"]
+    levels = student["call_defaults"].get("sigmas") or few_step_sigmas(student["num_steps"]).tolist()
     pipeline, generator = load_pipeline(args.teacher), load_pipeline(args.student).transformer
     contract = learn_contract(pipeline, height=SIZE, width=SIZE, pipeline_kwargs=CALL)
     encoder = learn_image_encoder(pipeline, contract)
     rng, noise_generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     all_scenes = [random_scene(rng) for _ in range(args.num_prompts)]
     conditional, unconditional = encode_prompts(pipeline, contract, [scene.prompt for scene in all_scenes])
-    sigmas = [*few_step_sigmas(num_steps).tolist(), 0.0]
+    sigmas = [*levels, 0.0]
     of_renders = [(0, sigma) for sigma in sigmas[1:-1]]
-    of_student = [(k, sigma) for k in range(1, num_steps + 1) for sigma in sigmas[k - 1 : k + 1]]
+    of_student = [(k, sigma) for k in range(1, len(levels) + 1) for sigma in sigmas[k - 1 : k + 1]]
     finished = {case: [] for case in [*of_renders, *of_student]}
 
     for first in range(0, args.num_prompts, BATCH):
@@ -89,7 +88,7 @@ def main():
         places = list(range(first, first + len(scenes)))
         draw = functools.partial(torch.randn, len(scenes), *contract.latent_shape, generator=noise_generator)
         with torch.no_grad():
-            own = after_calls(contract, generator, conditional[places], num_steps, noise_type, draw)
+            own = after_calls(contract, generator, conditional[places], levels, student["noise_type"], draw)
             x0 = [encode(encoder, render(scenes, rng)), *own]
             for (k, sigma), latents in finished.items():
                 x_t = flow.add_noise(x0[k], draw(), torch.full((len(scenes),), sigma))

@@ -81,7 +81,7 @@ def main(input_args):
     size = {name: student["pipeline_kwargs"][name] for name in ("height", "width")}
     kwargs = {name: value for name, value in student["pipeline_kwargs"].items() if name not in size}
     contract = learn_contract(pipeline, pipeline_kwargs=kwargs, **size)
-    guidance_off = contract.student_arguments(student["num_steps"])
+    guidance_off = contract.student_arguments(student["num_steps"], student.pop("sigmas", None))
     student["pipeline_kwargs"] = {n: v for n, v in student["pipeline_kwargs"].items() if n not in guidance_off}
 
     pipeline.to("cpu")
@@ -121,6 +121,7 @@ def from_run(args):
     return pipeline, {
         "network": load_average(checkpoint, pipeline.transformer, settings),
         "num_steps": settings["num_steps"],
+        "sigmas": settings["sigmas"],
         "noise_type": settings["noise_type"],
         "pipeline_kwargs": {**settings["pipeline_kwargs"], "height": settings["height"], "width": settings["width"]},
         "teacher": teacher,

@@ -54,12 +54,12 @@ def export_student(
 
     Args:
         pipeline: the teacher's pipeline. It is left as it is.
-        num_steps: sampler steps of the student; sigma = 1, 1 - 1/n, ..., 1/n.
+        num_steps: sampler steps of the student; sigma = 1, 1 - 1/n, ..., 1/n, unless the call is given `sigmas`.
         transformer: the student's, of the same class as the teacher's and not wrapped; default: `pipeline`'s own.
         noise_type: "fresh" | "fixed" | "ddim", as in training. The stock scheduler cannot do "fixed": such a
             student is meant to be used through its pipeline.py.
-        guidance_off: the arguments of the pipeline's call that turn guidance off, with their values; default
-            `{"guidance_scale": 1.0}`.
+        guidance_off: the arguments of the pipeline's call that make it the student's, `contract.student_arguments`;
+            default `{"guidance_scale": 1.0}`, which turns guidance off.
         pipeline_kwargs: further arguments of the call that the student was trained with, which become its defaults.
         dtype: of the transformer's weights; default: as they are.
         shared_components: "copied": text encoders and VAE too, so that the student loads by itself; "referenced": what
@@ -107,7 +107,9 @@ def export_student(
     num_train_timesteps = pipeline.scheduler.config.get("num_train_timesteps", 1000)
     own = {
         "transformer": transformer,
-        "scheduler": student_scheduler(num_steps, noise_type, num_train_timesteps),
+        "scheduler": student_scheduler(
+            num_steps, noise_type, num_train_timesteps, last_sigma=call_defaults.get("sigmas", [None])[-1]
+        ),
         **{name: _switched_off(getattr(pipeline, name)) for name in guiders(pipeline)},
     }
     student.register_modules(**own)

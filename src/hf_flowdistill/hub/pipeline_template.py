@@ -36,6 +36,13 @@ def _signature(call):
     )
 
 
+def _fewer(levels, num_steps):
+    """The first and the last `num_steps` - 1 of the levels that the student was trained at."""
+    if num_steps > len(levels):
+        raise ValueError(f"This student has {len(levels)} steps: take as many or fewer, or give the call its sigmas.")
+    return [levels[0], *levels[len(levels) - num_steps + 1 :]]
+
+
 def _step_with_first_noise(scheduler):
     """A `scheduler.step` that noises every x0 with the noise the image started from, its first sample."""
     noise = None
@@ -57,6 +64,7 @@ def _step_with_first_noise(scheduler):
 class FewStepPipeline(StockPipeline):
     """The stock pipeline, sampling at sigma = 1, 1 - 1/n, ..., 1/n for any number of steps n.
 
+    A student with sigmas among CALL_DEFAULTS samples at these, and in fewer steps at the first and the last of them.
     `generator` (or a list of them, one for each image) is the only source of randomness, where most stock classes draw
     the noise between steps from torch's global generator.
     """
@@ -68,6 +76,9 @@ class FewStepPipeline(StockPipeline):
         call = self.SIGNATURE.bind(self, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
+        for name in ("sigmas", "timesteps"):
+            if name in CALL_DEFAULTS and given[name] is CALL_DEFAULTS[name]:
+                given[name] = _fewer(given[name], given["num_inference_steps"])
         explicit = any(given.get(name) is not None for name in ("sigmas", "timesteps"))
         num_steps = given["num_inference_steps"]
         scheduler = self.scheduler

@@ -19,17 +19,20 @@ from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.rollout import NOISE_TYPES
 
 
-def student_scheduler(num_steps, noise_type="fresh", num_train_timesteps=1000) -> FlowMatchEulerDiscreteScheduler:
+def student_scheduler(
+    num_steps, noise_type="fresh", num_train_timesteps=1000, last_sigma=None
+) -> FlowMatchEulerDiscreteScheduler:
     """diffusers' own scheduler as the few-step sampler: sigma = 1, 1 - 1/n, ..., 1/n, then 0, for n = `num_steps`.
 
     It does so for pipelines that give it a number of steps and for those that give it their own evenly spaced sigmas.
-    "ddim" keeps the noise that each x0 was found with, which is an Euler step; otherwise noise is drawn in every step.
+    With a `last_sigma` in the place of 1/n, sigmas that are given in the call and end there stay as they are. "ddim"
+    keeps the noise that each x0 was found with, which is an Euler step; otherwise noise is drawn in every step.
     """
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=num_train_timesteps,
         shift=1.0,
         # A schedule of one step cannot be stretched to its end: diffusers would divide 0 by 0.
-        shift_terminal=1 / num_steps if num_steps > 1 else None,
+        shift_terminal=(last_sigma or 1 / num_steps) if num_steps > 1 else None,
         stochastic_sampling=noise_type != "ddim",
     )
 

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Score identity distillation with long-and-short guidance: the two turns of SiD-DiT (Sec. 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ class SiDConfig:
 
     Attributes:
         num_steps: sampler steps of the generator.
+        sigmas: their noise levels, `num_steps` numbers that fall from 1; None is `few_step_sigmas(num_steps)`.
         noise_type: "fresh", "fixed" or "ddim"; see `rollout`.
         alpha: weight of the second term of the generator loss; 1 gives Eq. 18.
         weighting: name of w(sigma), see `weighting.WEIGHTINGS`.
@@ -34,6 +35,7 @@ class SiDConfig:
     """
 
     num_steps: int = 4
+    sigmas: Sequence[float] | None = None
     noise_type: str = "fresh"
     alpha: float = 1.0
     weighting: str = "1-sigma"
@@ -70,14 +72,16 @@ class SiDBatch:
     x0: Tensor | None = None
 
 
-def generate_x0(generator, contract, conditional, noises, *, k=None, num_steps=4, noise_type="fresh") -> Tensor:
+def generate_x0(
+    generator, contract, conditional, noises, *, k=None, num_steps=4, noise_type="fresh", sigmas=None
+) -> Tensor:
     """x0 of the unguided few-step generator at step k (None = the last), [B, ...]; gradient through step k only."""
     conditional = conditional.with_embedded_guidance(1.0)
 
     def velocity_fn(x_t, sigma):
         return contract.velocity(generator, x_t, sigma, conditional)
 
-    return rollout(velocity_fn, noises, k=k, num_steps=num_steps, noise_type=noise_type)
+    return rollout(velocity_fn, noises, k=k, num_steps=num_steps, noise_type=noise_type, sigmas=sigmas)
 
 
 def generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> Tensor:
@@ -90,6 +94,7 @@ def generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -
         k=batch.k,
         num_steps=config.num_steps,
         noise_type=config.noise_type,
+        sigmas=config.sigmas,
     )
 
 

@@ -286,18 +286,19 @@ class Contract:
             output = output.narrow(*self.output_part)
         return self.output_sign * output.reshape(-1, *self.latent_shape)
 
-    def student_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call for a student of `num_steps` steps: no guidance, and the network's times.
+    def student_arguments(self, num_steps: int, sigmas: Sequence[float] | None = None) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a student of `num_steps` steps: no guidance, and its sigmas if given.
 
-        The times only where they are a table of sigma, as the pipeline would make others from its number of steps.
+        Where the network's times are a table of sigma, both: from its number of steps, the pipeline would make others.
         """
         arguments = self.guidance.arguments(on=False)
         if self.embedded_guidance is not None:
             arguments[self.embedded_guidance_argument] = 1.0
+        if sigmas is not None or self.time_table is not None:
+            levels = few_step_sigmas(num_steps) if sigmas is None else torch.tensor(sigmas, dtype=torch.float64)
+            arguments["sigmas"] = levels.tolist()
         if self.time_table is not None:
-            sigmas = few_step_sigmas(num_steps)
-            arguments["sigmas"] = sigmas.tolist()
-            arguments["timesteps"] = [round(time, 4) for time in self.time(sigmas).tolist()]
+            arguments["timesteps"] = [round(time, 4) for time in self.time(levels).tolist()]
         return arguments
 
     def zero_output(self, arguments: dict[str, Any]) -> Any:
