@@ -31,6 +31,7 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.teachers import encode_prompts
 
 
@@ -101,6 +102,17 @@ def test_sample_sheets_change_nothing(tmp_path):
     assert (tmp_path / "with" / "validation" / "images-4.png").exists()
     without, with_sheets = (networks_in(tmp_path / name / "checkpoint-8") for name in ("without", "with"))
     assert largest_difference(without, with_sheets) == 0
+
+
+def test_the_sampler_steps_are_at_the_sigmas_asked_for(tmp_path):
+    """The even ones, spelled out, are the default's bit for bit; others are not, and the student keeps them."""
+    runs = {"default": [], "even": ["--sigmas", 1, 0.5], "other": ["--sigmas", 1, 0.9]}
+    for name, sigmas in runs.items():
+        run_here(*script_arguments(tmp_path / name, *sigmas, num_steps=2))
+    default, even, other = (networks_in(tmp_path / name / "checkpoint-8") for name in runs)
+    assert largest_difference(default, even) == 0
+    assert largest_difference(default, other) > 1e-6
+    assert read_settings(tmp_path / "other" / "student")["student"]["call_defaults"]["sigmas"] == [1, 0.9]
 
 
 def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
@@ -239,8 +251,14 @@ REFUSED = {
     ),
     "more than all of it": (lambda: {"guidance_rescale": 1.5}, "--guidance_rescale is 1.5: it must be from 0 to 1"),
     "one sigma of four": (lambda: {"sigmas": "1"}, r"--sigmas must be 4 numbers \(--num_steps\) that start at 1"),
-    "sigmas that rise": (lambda: {"sigmas": [1, 0.5, 0.75, 0.25]}, "--sigmas must be 4 numbers .* fall towards 0"),
-    "a sigma of nothing": (lambda: {"sigmas": [1, 0.5, 0.25, 0]}, "--sigmas must be 4 numbers .* fall towards 0"),
+    "sigmas that rise": (
+        lambda: {"config": write("rise.yaml", "sigmas: [1, 0.5, 0.75, 0.25]")},
+        "--sigmas must be 4 numbers .* fall towards 0",
+    ),
+    "a sigma of nothing": (
+        lambda: {"config": write("nothing.yaml", "sigmas: [1, 0.5, 0.25, 0]")},
+        "--sigmas must be 4 numbers .* fall towards 0",
+    ),
     "one share of four": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),
     "no such prompts": (lambda: {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
