@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_teachers
 import torch
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file, save_file
@@ -315,6 +316,14 @@ def test_bad_input_is_refused_in_one_sentence_before_any_work(case, tmp_path, mo
     with pytest.raises(UserError, match=sentence) as error:
         run_here(*script_arguments(tmp_path / "run", **changes()))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigmas_that_the_pipeline_cannot_be_given(tmp_path):
+    tiny_teachers.bria().save_pretrained(tmp_path / "bria")
+    words = script_arguments(tmp_path / "run", "--sigmas", 1, 0.8, 0.7, 0.4, max_sequence_length=8)
+    with pytest.raises(UserError, match="BriaPipeline takes no sigmas .*: leave out --sigmas"):
+        run_here(*words, "--pretrained_model_name_or_path", tmp_path / "bria")
     assert not (tmp_path / "run").exists()
 
 

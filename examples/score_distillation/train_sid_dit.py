@@ -506,7 +506,8 @@ def main(input_args=None):
     run.contract = contracts[0]
     if args.sigmas and "sigmas" not in inspect.signature(run.pipeline.__call__).parameters:
         raise UserError(
-            f"{run.contract.pipeline_class} takes no sigmas, so that no student of it could: leave out --sigmas."
+            f"{run.contract.pipeline_class} takes no sigmas in its call, so a student of it could not be given them: "
+            "leave out --sigmas."
         )
     args.guidance_mode, args.fake_guidance_mode = choose_guidance(args, run.contract)
     roles = role_settings(args)
