@@ -121,7 +121,7 @@ def from_run(args):
     return pipeline, {
         "network": load_average(checkpoint, pipeline.transformer, settings),
         "num_steps": settings["num_steps"],
-        "sigmas": settings["sigmas"],
+        "sigmas": settings.get("sigmas"),  # runs of earlier versions have none
         "noise_type": settings["noise_type"],
         "pipeline_kwargs": {**settings["pipeline_kwargs"], "height": settings["height"], "width": settings["width"]},
         "teacher": teacher,
