@@ -15,7 +15,6 @@ import logging
 import math
 import time
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +51,7 @@ from hf_flowdistill.networks import (
     weights_digest,
 )
 from hf_flowdistill.planning import describe_plan
-from hf_flowdistill.rollout import NOISE_TYPES
+from hf_flowdistill.rollout import NOISE_TYPES, falls_from_one
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
 from hf_flowdistill.teachers.encode import learn_image_encoder
 from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
@@ -363,9 +362,7 @@ def check_combinations(args):
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     levels, shares = args.sigmas, args.step_shares
-    if levels and (
-        len(levels) != args.num_steps or levels[0] != 1 or any(not a > b for a, b in pairwise([*levels, 0]))
-    ):
+    if levels and not (len(levels) == args.num_steps and falls_from_one(levels)):
         raise UserError(f"--sigmas must be {args.num_steps} numbers (--num_steps) that start at 1 and fall towards 0.")
     if shares and (len(shares) != args.num_steps or not all(x >= 0 for x in shares) or not sum(shares) <= 1 + 1e-6):
         raise UserError(f"--step_shares must be {args.num_steps} numbers (--num_steps) from 0 that sum to 1 or less.")

@@ -3,6 +3,7 @@
 """The few-step generator: denoise to x0, noise again to the next sigma, and so on. SiD-DiT Eq. 16."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,9 +76,13 @@ def rollout(
     return x0
 
 
+def falls_from_one(levels: Sequence[float]) -> bool:
+    """Whether these can be a sampler's noise levels: the first is 1, and they decrease strictly without reaching 0."""
+    return levels[:1] == [1] and all(before > after for before, after in pairwise([*levels, 0]))
+
+
 def _checked(sigmas: Sequence[float] | Tensor) -> list[float]:
     levels = [float(level) for level in sigmas]
-    decreasing = all(before > after for before, after in zip(levels, levels[1:]))
-    if not levels or levels[0] != 1 or levels[-1] <= 0 or not decreasing:
+    if not falls_from_one(levels):
         raise ValueError(f"sigmas must start at 1 and decrease strictly towards 0 without reaching it, got {levels}")
     return levels
