@@ -106,14 +106,18 @@ def test_sample_sheets_change_nothing(tmp_path):
 
 
 def test_the_sampler_steps_are_at_the_sigmas_asked_for(tmp_path):
-    """The even ones, spelled out, are the default's bit for bit; others are not, and the student keeps them."""
+    """The even ones, spelled out, are the default's bit for bit; others are not, and the student keeps them. Those that
+    start after the last image leave the training as it is, and those that start before it do not."""
     runs = {"default": [], "even": ["--sigmas", 1, 0.5], "other": ["--sigmas", 1, 0.9]}
+    runs |= {f"from {start}": [*runs["other"], "--sigmas_start_images", start] for start in (4, 8)}
     for name, sigmas in runs.items():
-        run_here(*script_arguments(tmp_path / name, *sigmas, num_steps=2))
-    default, even, other = (networks_in(tmp_path / name / "checkpoint-8") for name in runs)
-    assert largest_difference(default, even) == 0
-    assert largest_difference(default, other) > 1e-6
-    assert read_settings(tmp_path / "other" / "student")["student"]["call_defaults"]["sigmas"] == [1, 0.9]
+        run_here(*script_arguments(tmp_path / name, "--step_shares", 0, 1, *sigmas, num_steps=2))
+    default, even, other, late, never = (networks_in(tmp_path / name / "checkpoint-8") for name in runs)
+    assert largest_difference(default, even) == largest_difference(default, never) == 0
+    for one, another in ((default, other), (default, late), (other, late)):
+        assert largest_difference(one, another) > 1e-6
+    for name in ("other", "from 4", "from 8"):
+        assert read_settings(tmp_path / name / "student")["student"]["call_defaults"]["sigmas"] == [1, 0.9]
 
 
 def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
@@ -259,6 +263,10 @@ REFUSED = {
     "a sigma of nothing": (
         lambda: {"config": write("nothing.yaml", "sigmas: [1, 0.5, 0.25, 0]")},
         "--sigmas must be 4 numbers .* fall towards 0",
+    ),
+    "levels that start but are not given": (
+        lambda: {"sigmas_start_images": "8"},
+        "--sigmas_start_images is when training at --sigmas starts: give both or neither",
     ),
     "one share of four": (lambda: {"step_shares": "0.5"}, "--step_shares must be 4 numbers"),
     "no such guidance": (lambda: {"teacher_guidance_scale": "nan"}, "--teacher_guidance_scale is nan: it must be a"),

@@ -119,7 +119,7 @@ ALLOWED = (  # which arguments, what they must be, and how to tell
     ),
     (
         """lr_warmup_images ema_half_life_images checkpointing_images dry_run discriminator_warmup_images
-        adversarial_start_images discriminator_weight""",
+        adversarial_start_images discriminator_weight sigmas_start_images""",
         "at least 0",
         lambda value: value >= 0,
     ),
@@ -184,6 +184,13 @@ def parse_args(input_args=None):
         nargs="+",
         metavar="S",
         help="their noise levels, --num_steps numbers that fall from 1; by default 1 - i / num_steps from i = 0",
+    )
+    add(
+        "--sigmas_start_images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train at the default levels until so many images were seen, and only then at --sigmas",
     )
     add("--noise_type", choices=NOISE_TYPES, default="fresh", help="noise of the sampler steps after the first")
     add(
@@ -364,6 +371,8 @@ def check_combinations(args):
     levels, shares = args.sigmas, args.step_shares
     if levels and not (len(levels) == args.num_steps and falls_from_one(levels)):
         raise UserError(f"--sigmas must be {args.num_steps} numbers (--num_steps) that start at 1 and fall towards 0.")
+    if args.sigmas_start_images and not levels:
+        raise UserError("--sigmas_start_images is when training at --sigmas starts: give both or neither.")
     if shares and (len(shares) != args.num_steps or not all(x >= 0 for x in shares) or not sum(shares) <= 1 + 1e-6):
         raise UserError(f"--step_shares must be {args.num_steps} numbers (--num_steps) from 0 that sum to 1 or less.")
 
@@ -739,6 +748,8 @@ def train(run):
     while state["images_seen"] < args.max_train_images:
         start = time.perf_counter()
         loss_of = turns_of(run)
+        early = state["images_seen"] < args.sigmas_start_images
+        run.config = dataclasses.replace(run.config, sigmas=None if early else args.sigmas)
         done = state["images_seen"] / args.max_train_images
         k = draw_k(args.seed, state["step"], args.num_steps, shares=args.step_shares, progress=done)
         use_bucket(run, draw_bucket(args.seed, state["step"], len(run.buckets)))
