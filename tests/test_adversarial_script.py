@@ -24,6 +24,7 @@ from training_helpers import (
 
 from hf_flowdistill.adapters import LORA_FILE
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.hub.settings import write_settings
 
 
 GATE = {"discriminator_warmup_images": 4, "adversarial_start_images": 8}
@@ -111,6 +112,20 @@ def test_a_student_of_another_teacher_is_refused(tmp_path):
     save_file({**weights, "proj_out.weight": weights["proj_out.weight"][:2].clone()}, other / WEIGHTS)
     with pytest.raises(UserError, match="cannot be (read|gone on with)"):
         run_here(*adversarial(tmp_path / "run2", student_model_name_or_path=other))
+
+
+def test_going_on_with_another_sampler_is_told(tmp_path, monkeypatch):
+    """Even levels of as many steps are the default's, spelled out or not."""
+    warned, student = [], shutil.copytree(saved_student(), tmp_path / "student")
+    of_student = {"student_model_name_or_path": student, "num_steps": 2}
+    sampler = {"num_steps": 2, "noise_type": "fresh", "call_defaults": {"sigmas": [1.0, 0.5]}}
+    write_settings(student, {"exported_by": "hf_flowdistill", "student": sampler})
+    monkeypatch.setattr(train_sid_dit.logger, "warning", warned.append)
+    for number, sigmas in enumerate(([], ["--sigmas", 1, 0.9])):
+        run_here(*adversarial(tmp_path / f"run{number}", *sigmas, **GATE, **of_student))
+    before, now = (f"2 steps at sigma {levels}, fresh noise" for levels in ("1, 0.5", "1, 0.9"))
+    told = [sentence for sentence in warned if "was made for" in sentence]
+    assert told == [f"the student {student} was made for {before}; it goes on with {now}."]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,13 @@ from safetensors.torch import load_file
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.secrets import without_secrets
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings, render_pipeline, student_scheduler
+from hf_flowdistill.hub.student import (
+    few_step_pipeline,
+    read_settings,
+    render_pipeline,
+    sampler_change,
+    student_scheduler,
+)
 from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.rollout import rollout
 
@@ -200,6 +206,8 @@ def test_a_student_samples_at_its_own_sigmas(tmp_path, name):
     assert visited(student, sigmas=[1.0, 0.5], num_inference_steps=2) == [1, 0.5, 0]
     with pytest.raises(ValueError, match="This student has 4 steps"):
         student(PROMPT, num_inference_steps=5)
+    assert sampler_change(folder, 4, "fresh", levels) is None
+    assert "4 steps at sigma 1, 0.8, 0.75, 0.4, fresh noise; it" in sampler_change(folder, 4, "fresh")
 
 
 def test_the_students_call_has_the_stock_signature_with_its_own_defaults(tmp_path):

@@ -106,8 +106,10 @@ def test_sample_sheets_change_nothing(tmp_path):
 
 
 def test_the_sampler_steps_are_at_the_sigmas_asked_for(tmp_path):
-    """The even ones, spelled out, are the default's bit for bit; others are not, and the student keeps them. Those that
-    start after the last image leave the training as it is, and those that start before it do not."""
+    """The even ones, spelled out, are the default's bit for bit; others are not, and the student keeps them.
+
+    Those that start after the last image leave the training as it is, and those that start before it do not.
+    """
     runs = {"default": [], "even": ["--sigmas", 1, 0.5], "other": ["--sigmas", 1, 0.9]}
     runs |= {f"from {start}": [*runs["other"], "--sigmas_start_images", start] for start in (4, 8)}
     for name, sigmas in runs.items():

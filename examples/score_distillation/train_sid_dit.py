@@ -37,6 +37,7 @@ from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.features import find_projection
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
+from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
 from hf_flowdistill.methods.sid_adversarial import AdversarialBatch, AdversarialConfig, adversarial_turns
 from hf_flowdistill.networks import (
@@ -597,9 +598,12 @@ def find_features(run):
 
 def start_generator(run, checkpoint):
     """Give the generator the weights of the student that it goes on with, unless a checkpoint is to have others."""
-    path, transformer = run.args.student_model_name_or_path, run.pipeline.transformer
+    args, path, transformer = run.args, run.args.student_model_name_or_path, run.pipeline.transformer
     if path and checkpoint is None:
-        load_weights(path, run.networks.generator, transformer, run.sharding, cache_dir=run.args.cache_dir)
+        load_weights(path, run.networks.generator, transformer, run.sharding, cache_dir=args.cache_dir)
+        sampler = args.num_steps, args.noise_type, args.sigmas
+        if changed := sampler_change(path, *sampler, cache_dir=args.cache_dir):
+            logger.warning(changed)
 
 
 def predict_once(run, network):

@@ -17,6 +17,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.settings import read_settings  # noqa: F401  (where scripts look for it)
 from hf_flowdistill.networks import load_pipeline
 from hf_flowdistill.rollout import NOISE_TYPES
+from hf_flowdistill.timesteps import few_step_sigmas
 
 
 def student_scheduler(
@@ -35,6 +36,22 @@ def student_scheduler(
         shift_terminal=(last_sigma or 1 / num_steps) if num_steps > 1 else None,
         stochastic_sampling=noise_type != "ddim",
     )
+
+
+def sampler_change(path, num_steps, noise_type, sigmas=None, *, cache_dir=None) -> str | None:
+    """A sentence if the student at `path` has another sampler than this, which it is now to be trained for."""
+    settings = read_settings(path, cache_dir=cache_dir)
+    if settings is None:
+        return None
+    own = settings["student"]
+    before = _sampler(own["num_steps"], own["noise_type"], own["call_defaults"].get("sigmas"))
+    now = _sampler(num_steps, noise_type, sigmas)
+    return f"the student {path} was made for {before}; it goes on with {now}." if before != now else None
+
+
+def _sampler(num_steps, noise_type, sigmas) -> str:
+    levels = ", ".join(f"{level:g}" for level in sigmas or few_step_sigmas(num_steps).tolist())
+    return f"{num_steps} steps at sigma {levels}, {noise_type} noise"
 
 
 def render_pipeline(pipeline_class, noise_type, call_defaults, absent_components=()) -> str:
