@@ -8,9 +8,9 @@ import pytest
 import torch
 from training_helpers import ROOT, run_command
 
-from colours import measure, tabulate
+from colours import balance, measure, tabulate
 from detector import MIN_CHROMA
-from scenes import random_scene, render
+from scenes import Scene, random_scene, render
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,14 @@ def test_more_contrast_behind_and_paler_objects_are_seen(renders):
     assert ratio.pop("background, spread between pictures") == pytest.approx(1.0, abs=0.05)
     assert all(value == pytest.approx(0.95, abs=0.01) for value in ratio.values())
     assert " 1.2" in tabulate(before, before, [after]) and " 0.95 |" in tabulate(before, before, [after])
+
+
+def test_of_shapes_that_may_have_two_colours_it_finds_how_many_have_which():
+    rng, any_square = random.Random(5), Scene("a square", "single_object", (("square", None),))
+    green, blue = (Scene(f"a {colour} square", "colors", (("square", colour),)) for colour in ("green", "blue"))
+    images = render([green] * 30 + [blue] * 10 + [green] * 5, rng)
+    shares = balance([any_square] * 40 + [green] * 5, images)  # the last five were told their colour
+    assert shares["green or blue squares, green"] == 0.75
 
 
 def test_a_folder_without_a_student_is_refused(tmp_path):

@@ -5,13 +5,15 @@
     python examples/shapes/colours.py --students demo/run/student
 
 Of the same fresh prompts, pictures of the teacher at 28 steps, of the students, and real renders. Objects are told
-from the background by their colour, as the detector does, without the pixel at their edges. Prints a table, and puts
-it into the --documents, between two marked lines. Of several students it has the mean.
+from the background by their colour, as the detector does, without the pixel at their edges. Where a prompt names no
+colour, circles are red or yellow and squares green or blue, one as often as the other. Prints a table, and puts it
+into the --documents, between two marked lines. Of several students it has the mean.
 """
 
 import argparse
 import random
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,12 @@ import torch
 from scipy import ndimage
 
 from demo import CALL, HERE, REPOSITORY, load_pipelines
-from detector import MIN_CHROMA, nearest_colour
+from detector import MIN_CHROMA, detect, nearest_colour
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.training.arguments import silence_libraries
-from scenes import CATEGORIES, COLOURS, random_scene, render
+from scenes import CATEGORIES, COLOURS, USUAL_COLOURS, random_scene, render
 from table import check_documents, insert
 
 
@@ -56,6 +58,18 @@ def measure(images: torch.Tensor) -> dict[str, float]:
         found |= {f"{name} objects, {channel}": values[:, i].mean() for i, channel in enumerate(CHANNELS)}
         found[f"{name} objects, spread"] = values.std(0).mean()
     return {name: float(value) for name, value in found.items()}
+
+
+def balance(scenes, images: torch.Tensor) -> dict[str, float]:
+    """Of the shapes that may have one of two colours where the prompt names none, the share of the first one."""
+    free = [image for scene, image in zip(scenes, images) if all(colour is None for _, colour in scene.objects)]
+    drawn = Counter((placed.shape, placed.colour) for image in free for placed in detect(image))
+    shares = {}
+    for shape in ("circle", "square"):
+        colours = USUAL_COLOURS[shape]
+        counts = [drawn[shape, colour] for colour in colours]
+        shares[f"{' or '.join(colours)} {shape}s, {colours[0]}"] = counts[0] / max(1, sum(counts))
+    return shares
 
 
 def tabulate(renders: dict, teacher: dict, students: list[dict]) -> str:
@@ -93,11 +107,13 @@ def main():
 
     def draw(pipeline, num_steps, guidance_scale):
         settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "seed": args.seed}
-        return measure(generate(pipeline, [scene.prompt for scene in scenes], **settings, **CALL).images)
+        images = generate(pipeline, [scene.prompt for scene in scenes], **settings, **CALL).images
+        return measure(images) | balance(scenes, images)
 
     pipelines = [load_pipelines(Path(args.teacher), Path(student)) for student in args.students]
+    renders = render(scenes, rng)
     table = tabulate(
-        measure(render(scenes, rng)),
+        measure(renders) | balance(scenes, renders),
         draw(pipelines[0]["teacher"], 28, args.guidance_scale),
         [draw(loaded["student"], 4, 1.0) for loaded in pipelines],
     )
