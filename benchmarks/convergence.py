@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--max_train_images", type=int, default=48_000, help='of the training with "sid"')
     parser.add_argument("--points", type=int, default=8, help="how many times the student is judged on the way")
     parser.add_argument("--num_prompts", type=int, default=1000, help="freshly drawn prompts")
-    parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
+    parser.add_argument("--config", default=str(HERE / "recipe_even.yaml"), help="arguments of train_sid_dit.py")
     args, more = parser.parse_known_args()
     silence_libraries()
     args.output_dir, curves = Path(args.output_dir).resolve(), {}

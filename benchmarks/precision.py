@@ -110,7 +110,7 @@ def on_shapes(folder: Path, images: int, more: list[str]) -> list[list[str]]:
             settings |= {"max_train_images": images, "checkpointing_images": images, "validation_images": 10**9}
             words += [f"--{key}={value}" for key, value in settings.items()] + ["--report_to=none", *more]
             script = ROOT / "examples/score_distillation/train_sid_dit.py"
-            recipe = ROOT / "examples/shapes/recipe.yaml"
+            recipe = ROOT / "examples/shapes/recipe_even.yaml"
             subprocess.run([sys.executable, script, "--config", recipe, *words], check=True, cwd=ROOT)
         shares = []
         for network in ("generator", "fake_score"):

@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--max_train_images", type=int, default=12_000, help="of each training")
     parser.add_argument("--num_prompts", type=int, default=1000, help="freshly drawn prompts")
     parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
-    parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
+    parser.add_argument("--config", default=str(HERE / "recipe_even.yaml"), help="arguments of train_sid_dit.py")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
     args, more = parser.parse_known_args()
     silence_libraries()

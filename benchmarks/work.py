@@ -111,7 +111,7 @@ def time_step(images: int, batch_size: int) -> dict:
         large = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         pipeline.save_pretrained(Path(folder, "teacher"))
         arguments = {
-            "config": SHAPES / "recipe.yaml",
+            "config": SHAPES / "recipe_even.yaml",
             "pretrained_model_name_or_path": Path(folder, "teacher"),
             "prompt_file": SHAPES / "prompts.txt",
             "output_dir": Path(folder, "run"),
