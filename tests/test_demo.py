@@ -75,5 +75,10 @@ def test_the_student_is_ahead_of_its_controls(reported, num_steps):
     assert len(controls) == 3 and all(student["fid"] < control["fid"] for control in controls)
 
 
+def test_the_student_stands_beside_its_teacher(reported):
+    (teacher,), (student,) = find(reported, "teacher", 28), find(reported, "student", 4)
+    assert student["accuracy"] >= teacher["accuracy"] - 0.02 - 1e-9 and student["fid"] <= 1.5 * teacher["fid"]
+
+
 def test_the_readme_shows_that_report(reported):
     assert format_table(reported) in (ROOT / "README.md").read_text(encoding="utf-8")
