@@ -8,8 +8,9 @@ import json
 import shlex
 
 import pytest
+import tiny_pipelines
 from score_distillation.train_sid_dit import parse_args
-from training_helpers import PIPELINE_KWARGS, ROOT, folder, run_command, saved_teacher
+from training_helpers import PIPELINE_KWARGS, ROOT, folder, quiet, run_command, saved_teacher
 
 from hf_flowdistill.cli import main
 
@@ -46,10 +47,21 @@ def test_inspect_prints_the_contract(teacher, lines, capsys):
     assert error < 1e-4
 
 
-def test_plan_lists_every_choice_and_what_fits(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def one_block():
+    """A teacher of which every rehearsal is short."""
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    config = dict(pipeline.transformer.config) | {"num_layers": 1}
+    pipeline.register_modules(transformer=type(pipeline.transformer).from_config(config))
+    with quiet():
+        pipeline.save_pretrained(folder() / "one_block")
+    return folder() / "one_block"
+
+
+def test_plan_lists_every_choice_and_what_fits(one_block, tmp_path, capsys):
     """On two GPUs that hold a sharded training of the tiny teacher, but not a whole one."""
     words = ("--resolution=32", "--pipeline_kwargs", json.dumps({"max_sequence_length": 16}))
-    path, file = saved_teacher("stable_diffusion_3"), tmp_path / "plan.json"
+    path, file = one_block, tmp_path / "plan.json"
     plan = ("plan", path, "--gpus=2", *words, f"--output_file={file}")
     whole = printed(capsys, *plan, "--memory=80")
     choices = json.loads(file.read_text())
@@ -120,10 +132,10 @@ def test_what_cannot_be_planned_is_one_sentence(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_nothing_fits(capsys):
+def test_nothing_fits(one_block, capsys):
     words = "--networks=full --resolution=32 --share_rollout --pipeline_kwargs".split()
     more = *words, json.dumps({"max_sequence_length": 16})
-    lines = printed(capsys, "plan", saved_teacher("stable_diffusion_3"), "--memory=0.0001", *more)
+    lines = printed(capsys, "plan", one_block, "--memory=0.00001", *more)
     assert lines[-1] == "Nothing fits."
     assert all(line.endswith(" no |") for line in lines if line.startswith("| full "))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from demo import launch
 from hf_flowdistill.evaluation.report import format_table
 
 
@@ -32,6 +33,7 @@ def demo(output_dir, *more):
 def test_demo_writes_report_and_pictures(tmp_path):
     done = demo(tmp_path / "demo", *SHORT)
     assert done.returncode == 0, done.stderr
+    assert "2 processes x 1 micro-batches x 24" in done.stderr
     rows = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert all(set(row) == KEYS for row in rows)
     expected = {("teacher", 28)} | {(name, n) for name in ("teacher", "undistilled", "student") for n in (1, 2, 4)}
@@ -46,10 +48,22 @@ def test_demo_writes_report_and_pictures(tmp_path):
         assert min(Image.open(tmp_path / "demo" / name).size) > 300
 
 
-def test_a_mistake_is_one_sentence(tmp_path):
-    done = demo(tmp_path / "demo", "--weighting", "none-such")
+@pytest.mark.parametrize("words", [["--weighting", "none-such"], ["--teacher", "nowhere"]])
+def test_a_mistake_is_one_sentence(words, tmp_path):
+    """What the arguments show, and what only the training sees."""
+    done = demo(tmp_path / "demo", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_processes_that_fail(capfd):
+    """What the second one says is heard where the first one cannot tell, which does not wait for it for ever."""
+    program = "import os, sys, time; rank = int(os.environ['RANK']); print('rank', rank, file=sys.stderr);"
+    code = launch([sys.executable, "-c", program + "time.sleep(100) if rank == 0 else sys.exit(3)"], 2, patience=1)
+    assert code == 3 and sorted(capfd.readouterr().err.splitlines()) == ["rank 0", "rank 1"]
+    assert launch([sys.executable, "-c", program + "sys.exit(2)"], 2) == 2
+    assert capfd.readouterr().err == "rank 0\n"
+    assert launch([sys.executable, "-c", program], 2) == 0 and capfd.readouterr().err == "rank 0\n"
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,17 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Networks by role through the real script: exact resume, accumulation, what a checkpoint holds, the student."""
 
-import functools
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from score_distillation import train_sid_dit
-from test_resume import LAUNCH, same_bits, same_metrics
+from test_resume import same_bits, same_metrics
 from training_helpers import (
     metrics,
     networks_in,
     quiet,
     reset_accelerate,
-    run_command,
     run_here,
     saved_teacher,
     script_arguments,
@@ -31,13 +28,12 @@ ADAPTERS = {"lora": ["ema", "fake_score", "generator"], "lora_fake": ["fake_scor
 
 @pytest.mark.parametrize("networks", ADAPTERS)
 def test_four_steps_are_two_and_two_more(networks, tmp_path):
-    """Bit for bit, one of them in processes of their own; of an adapter the checkpoint holds its matrices only."""
-    run = functools.partial(run_command, *LAUNCH) if networks == "lora" else run_here
+    """Bit for bit; of an adapter the checkpoint holds its matrices only."""
     settings = {"networks": networks, "rank": 4, "lora_alpha": 8}
-    run(*script_arguments(tmp_path / "whole", max_train_images=16, **settings))
-    run(*script_arguments(tmp_path / "parts", max_train_images=8, **settings))
+    run_here(*script_arguments(tmp_path / "whole", max_train_images=16, **settings))
+    run_here(*script_arguments(tmp_path / "parts", max_train_images=8, **settings))
     more = {"max_train_images": 16, "resume_from_checkpoint": "latest"}
-    run(*script_arguments(tmp_path / "parts", **more, **settings))
+    run_here(*script_arguments(tmp_path / "parts", **more, **settings))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     same_bits(whole / "checkpoint-16", parts / "checkpoint-16")
     same_metrics(whole, parts)
