@@ -17,8 +17,8 @@ from table import summarize
 
 ROOT = Path(__file__).parents[1]
 # an odd batch is one process's: fewer to start
-SHORT = """--num_prompts 60 --train_batch_size 25 --max_train_images 25 --checkpointing_images 25 --validation_images 25
---report_to none --reference_guidance_scales 1.0""".split()
+SHORT = """--num_prompts 60 --train_batch_size 25 --max_train_images 25 --checkpointing_images 25
+--validation_images 25 --report_to none --reference_guidance_scales 1.0""".split()
 DOCUMENT = "before\n<!-- table of table.py -->\nold\n<!-- end of the table -->\nafter\n"
 
 
