@@ -52,6 +52,13 @@ def after_calls(contract, generator, conditional, sigmas, noise_type, draw):
     ]
 
 
+def sampler_of(student) -> tuple[list[float], str]:
+    """The noise levels and the noise type of a student's own sampler."""
+    settings = read_settings(student)["student"]
+    levels = settings["call_defaults"].get("sigmas") or few_step_sigmas(settings["num_steps"]).tolist()
+    return levels, settings["noise_type"]
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="demo/run/student", help="a student's folder (default: %(default)s)")
@@ -70,8 +77,7 @@ def main():
     if not Path(args.student, "model_index.json").is_file():
         raise UserError(f"{args.student} holds no student: `make demo` makes one, or give --student.")
     silence_libraries()
-    student = read_settings(args.student)["student"]
-    levels = student["call_defaults"].get("sigmas") or few_step_sigmas(student["num_steps"]).tolist()
+    levels, noise_type = sampler_of(args.student)
     pipeline, generator = load_pipeline(args.teacher), load_pipeline(args.student).transformer
     contract = learn_contract(pipeline, height=SIZE, width=SIZE, pipeline_kwargs=CALL)
     encoder = learn_image_encoder(pipeline, contract)
@@ -88,7 +94,7 @@ def main():
         places = list(range(first, first + len(scenes)))
         draw = functools.partial(torch.randn, len(scenes), *contract.latent_shape, generator=noise_generator)
         with torch.no_grad():
-            own = after_calls(contract, generator, conditional[places], levels, student["noise_type"], draw)
+            own = after_calls(contract, generator, conditional[places], levels, noise_type, draw)
             x0 = [encode(encoder, render(scenes, rng)), *own]
             for (k, sigma), latents in finished.items():
                 x_t = flow.add_noise(x0[k], draw(), torch.full((len(scenes),), sigma))
