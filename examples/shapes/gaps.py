@@ -15,11 +15,12 @@ import functools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_model
 
-from demo import CALL, HERE
+from demo import CALL, HERE, train_sid_dit
 from detector import correct, detect
 from hf_flowdistill import flow
 from hf_flowdistill.errors import UserError, exit_on_user_error
@@ -86,7 +87,7 @@ def main():
     if checkpoint is None or not (run / "student" / "model_index.json").is_file():
         raise UserError(f"{run} holds no finished training with checkpoints: `make demo` makes one, or give --run.")
     silence_libraries()
-    trained = json.loads((run / "student" / "training_args.json").read_text())["training_args"]
+    trained = SimpleNamespace(**json.loads((run / "student" / "training_args.json").read_text())["training_args"])
     pipeline, generator = load_pipeline(args.teacher), load_pipeline(run / "student").transformer
     teacher, fake_score = pipeline.transformer, copy.deepcopy(pipeline.transformer)
     load_model(fake_score, checkpoint / "fake_score.safetensors")
@@ -96,9 +97,9 @@ def main():
     conditional, unconditional = encode_prompts(pipeline, contract, [scene.prompt for scene in scenes])
     levels, noise_type = sampler_of(run / "student")
     draw = functools.partial(torch.randn, len(scenes), *contract.latent_shape, generator=noise_generator)
-    mode = trained["guidance_mode"] or (contract.guidance_modes or ("cfg",))[0]
-    of_teacher = trained["teacher_guidance_scale"], mode, trained["guidance_rescale"]
-    of_fake = trained["fake_guidance_scale"], trained["fake_guidance_mode"] or mode
+    mode, fake_mode = train_sid_dit.choose_guidance(trained, contract)
+    of_teacher = trained.teacher_guidance_scale, mode, trained.guidance_rescale
+    of_fake = trained.fake_guidance_scale, fake_mode
 
     def predict_gap(x_t, sigma, places):
         words = x_t, sigma, conditional[places], unconditional
