@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from demo import launch
+from demo import HERE, launch, train, usable_cpus
 from hf_flowdistill.evaluation.report import format_table
 
 
@@ -33,7 +34,8 @@ def demo(output_dir, *more):
 def test_demo_writes_report_and_pictures(tmp_path):
     done = demo(tmp_path / "demo", *SHORT)
     assert done.returncode == 0, done.stderr
-    assert "2 processes x 1 micro-batches x 24" in done.stderr
+    processes = min(2, usable_cpus())
+    assert f"{processes} processes x 1 micro-batches x {48 // processes}" in done.stderr
     rows = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert all(set(row) == KEYS for row in rows)
     expected = {("teacher", 28)} | {(name, n) for name in ("teacher", "undistilled", "student") for n in (1, 2, 4)}
@@ -64,6 +66,18 @@ def test_processes_that_fail(capfd):
     assert launch([sys.executable, "-c", program + "sys.exit(2)"], 2) == 2
     assert capfd.readouterr().err == "rank 0\n"
     assert launch([sys.executable, "-c", program], 2) == 0 and capfd.readouterr().err == "rank 0\n"
+
+
+@pytest.mark.parametrize("cpus, batch, processes", [(1, 48, 1), (2, 48, 2), (8, 48, 2), (8, 25, 1)])
+def test_processes_of_a_training(cpus, batch, processes, monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr("demo.usable_cpus", lambda: cpus)
+    monkeypatch.setattr("demo.launch", lambda words, count: launched.append((count, words[-1])))
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model_index.json").touch()
+    args = Namespace(config=str(HERE / "recipe.yaml"), teacher=str(HERE / "teacher"), guidance_scale=2.0)
+    train(tmp_path, args, ["--train_batch_size", str(batch)])
+    assert launched == [(processes, str(batch // processes))]
 
 
 @pytest.fixture(scope="module")
