@@ -106,7 +106,7 @@ def launch(command: list[str], processes: int, patience: float = 10) -> int:
 def train(run: Path, args, more: list[str], source=("--prompt_file", HERE / "prompts.txt")) -> float:
     """Run the training script on the prompts of `source` to its end, from where it stopped; its wall-clock minutes.
 
-    Where there are two CPUs, two processes share each batch: `make demo` then trains 14 minutes on both, and 18 on one.
+    Where there are two CPUs, two processes share each batch: `make demo` trains in 14 minutes, and on one CPU in 18.
     """
     words = [
         *("--config", args.config, "--pretrained_model_name_or_path", Path(args.teacher).resolve()),
