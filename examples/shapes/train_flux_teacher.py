@@ -224,9 +224,9 @@ def parse_args():
     parser.add_argument("--text_steps", type=int, default=1500, help="steps of the T5 alone, of batch 64")
     parser.add_argument("--num_renders", type=int, default=40_000, help="renders the transformer learns from")
     parser.add_argument(
-        "--relation_share", type=float, default=SHARES["relation"], help="of a batch: prompts that relate two objects"
+        "--relation_share", type=float, default=0.45, help="of a batch: prompts that relate two objects, learned last"
     )
-    parser.add_argument("--steps", type=int, default=5000, help="transformer steps")
+    parser.add_argument("--steps", type=int, default=13_000, help="transformer steps")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument(
         "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
