@@ -71,6 +71,7 @@ def test_processes_that_fail(capfd):
 @pytest.mark.parametrize("cpus, batch, processes", [(1, 48, 1), (2, 48, 2), (8, 48, 2), (8, 25, 1)])
 def test_processes_of_a_training(cpus, batch, processes, monkeypatch, tmp_path):
     launched = []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("demo.usable_cpus", lambda: cpus)
     monkeypatch.setattr("demo.launch", lambda words, count: launched.append((count, words[-1])))
     (tmp_path / "student").mkdir()
