@@ -1,7 +1,12 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Write a run, a checkpoint or someone else's student as an ordinary diffusers repository, with its model card."""
+"""Write a run, a checkpoint or someone else's student as an ordinary diffusers repository, with its model card.
 
+Of several runs or checkpoints, the student is the mean of their weights. It is as fast as one of them and, where they
+differ in --seed only, often better.
+"""
+
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -27,12 +32,22 @@ from hf_flowdistill.training.arguments import ArgumentParser, json_object, silen
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = 4  # samples of each prompt in a grid that is drawn here
+# What runs must have in common for their mean to be a student: what they learned from, their sampler, their networks.
+OF_ONE_STUDENT = [
+    *"teacher_weights height width aspect_ratio_buckets pipeline_kwargs num_steps sigmas noise_type".split(),
+    *(field.name for field in dataclasses.fields(RoleSettings)),
+]
 
 
 def parse_args(input_args):
     parser = ArgumentParser(prog="flowdistill export", description=__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN_OR_CHECKPOINT", help="a training's --output_dir, or one of its checkpoints")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a training's --output_dir, or one of its checkpoints; of several, the mean of their weights",
+    )
     add("--output_dir", required=True, metavar="DIR", help="gets the student")
     add("--dtype", choices=DTYPES, default="float32", help="of all weights")
     add(
@@ -44,7 +59,13 @@ def parse_args(input_args):
     add("--teacher", metavar="PATH", help="the teacher: a diffusers folder or Hub id; the run's, if it is still there")
     add("--repo_id", metavar="ID", help="where the student will be published, for the card")
     add("--license", metavar="ID", help="of the student, as the Hub calls it; the teacher's by default")
-    add("--prompts", nargs="+", default=[], metavar="TEXT", help="draw a grid of samples; the run's last by default")
+    add(
+        "--prompts",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="draw a grid of samples; by default a single run's last",
+    )
     add_evaluation_arguments(add)
     add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
@@ -58,11 +79,11 @@ def parse_args(input_args):
     add("--pipeline_kwargs", type=json_object, metavar="JSON", help="more arguments of the pipeline's call")
     args = parser.parse_args(input_args)
 
-    if bool(args.run) == bool(args.from_repo):
-        parser.error("what to export is missing or given twice: give either a run or --from_repo")
+    if bool(args.runs) == bool(args.from_repo):
+        parser.error("what to export is missing or given twice: give either runs or --from_repo")
     theirs = ("revision", "num_steps", "noise_type", "resolution", "pipeline_kwargs")
     given = [f"--{name}" for name in theirs if getattr(args, name) is not None]
-    if args.run and given:
+    if args.runs and given:
         parser.error(f"{', '.join(given)} belong to --from_repo: a run knows its own")
     for name in ("num_steps", "resolution"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -76,7 +97,7 @@ def main(input_args):
     args = parse_args(input_args)
     report = read_evaluation(args)
     silence_libraries()
-    pipeline, student = from_repo(args) if args.from_repo else from_run(args)
+    pipeline, student = from_repo(args) if args.from_repo else from_runs(args)
     pipeline.to(args.device)
     size = {name: student["pipeline_kwargs"][name] for name in ("height", "width")}
     kwargs = {name: value for name, value in student["pipeline_kwargs"].items() if name not in size}
@@ -105,39 +126,85 @@ def main(input_args):
     print(folder)
 
 
-def from_run(args):
-    """The averaged generator of a checkpoint in its teacher's pipeline, and what the run says about it."""
-    path = Path(args.run)
-    checkpoint = path if (path / checkpointing.STATE_FILE).is_file() else checkpointing.latest_checkpoint(path)
-    if checkpoint is None:
-        finished = f": its finished student is in {path / 'student'}" if (path / "student").is_dir() else ""
-        raise UserError(f"{path} holds no checkpoint{finished or ': give the --output_dir of a training'}.")
-    state = checkpointing.read_state(checkpoint)
-    settings = state["settings"]
-    teacher = args.teacher or settings["pretrained_model_name_or_path"]
+def from_runs(args):
+    """The averaged generator of a checkpoint, or the mean of several, in its teacher's pipeline; what the runs say."""
+    found = {checkpoint: checkpointing.read_state(checkpoint) for checkpoint in map(find_checkpoint, args.runs)}
+    if len(found) < len(args.runs):
+        raise UserError("one checkpoint is given more than once: a mean takes each of them once.")
+    (checkpoint, state), several = next(iter(found.items())), len(found) > 1
+    settings = common_settings(found)
+    teacher = args.teacher or state["settings"]["pretrained_model_name_or_path"]
     check_shared_components(args.shared_components, teacher)
-    origin = {} if args.teacher else {"revision": settings["revision"], "variant": settings["variant"]}
+    origin = {} if args.teacher else {name: state["settings"][name] for name in ("revision", "variant")}
     pipeline = load_pipeline(teacher, dtype=DTYPES[args.dtype], cache_dir=args.cache_dir, **origin)
+    facts = total_facts(found)
     return pipeline, {
-        "network": load_average(checkpoint, pipeline.transformer, settings),
+        "network": load_average(list(found), pipeline.transformer, settings),
         "num_steps": settings["num_steps"],
         "sigmas": settings.get("sigmas"),  # runs of earlier versions have none
         "noise_type": settings["noise_type"],
         "pipeline_kwargs": {**settings["pipeline_kwargs"], "height": settings["height"], "width": settings["width"]},
         "teacher": teacher,
         "teacher_revision": origin.get("revision"),
-        "training_args": {**settings, "images_seen": state["images_seen"]},
-        "run": monitors.training_facts(checkpoint.parent, state),
-        "grid": monitors.last_sheet(checkpoint.parent, state),
+        "training_args": {**settings, "images_seen": facts["images_seen"]},
+        "run": facts | ({"averaged": len(found)} if several else {}),
+        "grid": None if several else monitors.last_sheet(checkpoint.parent, state),
     }
 
 
-def load_average(checkpoint, transformer, settings):
-    """The averaged generator of a checkpoint: the teacher's `transformer` with its weights, or in its role."""
+def find_checkpoint(run) -> Path:
+    """The last checkpoint of a run, or the checkpoint itself."""
+    path = Path(run).resolve()
+    checkpoint = path if (path / checkpointing.STATE_FILE).is_file() else checkpointing.latest_checkpoint(path)
+    if checkpoint is None:
+        finished = f": its finished student is in {run}/student" if (path / "student").is_dir() else ""
+        raise UserError(f"{run} holds no checkpoint{finished or ': give the --output_dir of a training'}.")
+    return checkpoint
+
+
+def common_settings(found) -> dict:
+    """The settings of runs, as lists where they differ. What makes a student must not: then a `UserError` says so."""
+    (first, *_), settings = found, [state["settings"] for state in found.values()]
+    values = {name: [one.get(name) for one in settings] for name in settings[0]}
+    differ = {name for name, given in values.items() if any(value != given[0] for value in given)}
+    for name in OF_ONE_STUDENT:
+        for path, state in found.items() if name in differ else ():
+            if state["settings"].get(name) != values[name][0]:
+                raise UserError(
+                    f"{first} and {path} differ in {name} ({values[name][0]} and {state['settings'].get(name)}): give "
+                    "runs of one teacher, with the same sampler and networks."
+                )
+    return {name: given if name in differ else given[0] for name, given in values.items()}
+
+
+def total_facts(found) -> dict:
+    """What the runs of these checkpoints have cost together, as far as it is known of all; each run counts once."""
+    in_order = sorted(found.items(), key=lambda item: item[1]["images_seen"])
+    facts = [monitors.training_facts(*run) for run in {path.parent: state for path, state in in_order}.items()]
+    known = {name: [one[name] for one in facts] for name in facts[0] if all(name in one for one in facts)}
+    hardware = ", ".join(dict.fromkeys(known.pop("hardware", [])))
+    return {name: sum(values) for name, values in known.items()} | ({"hardware": hardware} if hardware else {})
+
+
+@torch.no_grad()
+def load_average(found, transformer, settings):
+    """The averaged generator of a checkpoint: the teacher's `transformer` with its weights, or in its role.
+
+    Of several checkpoints it is another transformer, with the mean of their weights in float32, adapters merged.
+    """
     roles = RoleSettings(**{f.name: settings[f.name] for f in dataclasses.fields(RoleSettings) if f.name in settings})
+    transformer = copy.deepcopy(transformer).float() if len(found) > 1 else transformer
     network = roles.share(transformer).add("student") if roles.networks == "lora" else transformer
-    checkpointing.load_checkpoint(checkpoint, networks={"ema": network}, optimizers={})
-    return network
+    mean = None
+    for count, checkpoint in enumerate(found, 1):
+        checkpointing.load_checkpoint(checkpoint, networks={"ema": network}, optimizers={})
+        if len(found) == 1:
+            return network
+        one = merged(network)
+        mean = copy.deepcopy(one) if mean is None else mean
+        for total, tensor in zip(mean.parameters(), one.parameters()):
+            total.lerp_(tensor, 1 / count)
+    return mean
 
 
 def from_repo(args):

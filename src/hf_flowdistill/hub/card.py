@@ -74,6 +74,7 @@ def _hours(hours) -> str:
 
 
 FACTS = {
+    "averaged": ("mean of the weights of", "{} checkpoints".format),
     "images_seen": ("images seen", "{:,}".format),
     "hardware": ("hardware", str),
     "training_hours": ("hours of updates", _hours),

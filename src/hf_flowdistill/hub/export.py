@@ -68,7 +68,8 @@ def export_student(
         teacher_revision: of the teacher on the Hub.
         license: identifier of the student's licence; default: what the teacher's card says.
         training_args: mapping for training_args.json. Secrets and the directories of absolute paths are left out.
-        run: what the training measured, for the card: any of images_seen, hardware, training_hours, device_hours.
+        run: what the training measured, for the card: any of images_seen, hardware, training_hours, device_hours, and
+            averaged, the number of checkpoints that the weights are the mean of.
         method: a name in `card.METHODS`; default: what training_args say.
         repo_id: where the student will be published, for the card's snippets.
         published_by: id of the repository that the weights come from, if somebody else has trained them.
