@@ -32,8 +32,13 @@ def table(folder, *more):
 def test_two_seeds_end_to_end(tmp_path):
     """One test, since it trains: every row of every seed, the document, and a second run that judges nothing again."""
     (tmp_path / "shapes.md").write_text(DOCUMENT)
-    done = table(tmp_path, "--seeds", "0", "1")
+    done = table(tmp_path, "--seeds", "0", "1", "--trainings", "2")
     assert done.returncode == 0, done.stderr
+    runs = sorted((tmp_path / "runs").glob("seed-*/run-*/run.json"))
+    seeds = [json.loads(run.read_text())["seed"] for run in runs]
+    students = [tmp_path / f"runs/seed-{seed}/student/training_args.json" for seed in (0, 1)]
+    trained = [json.loads(file.read_text())["training_args"]["seed"] for file in students]
+    assert seeds == [0, 1, 2, 3] and trained == [[0, 1], [2, 3]]
     rows, text = json.loads((tmp_path / "shapes.json").read_text()), (tmp_path / "shapes.md").read_text()
 
     few = {(name, n) for name in ("teacher", "undistilled", "student") for n in (1, 2, 4)}
@@ -51,7 +56,7 @@ def test_two_seeds_end_to_end(tmp_path):
 
     report = tmp_path / "runs/seed-0/report.json"
     written = report.stat().st_mtime_ns
-    done = table(tmp_path, "--seeds", "0")
+    done = table(tmp_path, "--seeds", "0", "--trainings", "2")
     assert done.returncode == 0 and "judging" not in done.stdout and report.stat().st_mtime_ns == written
 
 

@@ -5,9 +5,10 @@
     make shapes-table
 
 Every seed is a training and a judgement of its own, on prompts, pictures and real renders of its own, so the spread is
-that of the whole experiment. Writes seed-N/ (the training, and its rows) in --output_dir, all rows to --results, and
-their means and standard deviations as a table into the --documents, between two marked lines. Run again after an
-interruption, it goes on where it stopped. Other arguments are those of train_sid_dit.py.
+that of the whole experiment; with --trainings, its student is the mean of several. Writes seed-N/ (run-0/ and so on;
+student/; its rows) in --output_dir, all rows to --results, and their means and standard deviations as a table into the
+--documents, between two marked lines. Run again after an interruption, it goes on where it stopped. Other arguments
+are those of train_sid_dit.py.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from demo import (
     train,
 )
 from detector import accuracy
+from hf_flowdistill.commands import export
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
 from hf_flowdistill.training.arguments import silence_libraries
@@ -63,6 +65,17 @@ def judge_seed(args, seed: int, student: Path) -> list[dict]:
         figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
         print(f"  {name}, {in_steps(num_steps)}, guidance {guidance:g}: {figures}", flush=True)
     return rows
+
+
+def train_mean(folder: Path, args, more: list[str], seed: int) -> Path:
+    """The student of one seed: the mean of its trainings' weights."""
+    runs = [folder / f"run-{number}" for number in range(args.trainings)]
+    for number, run in enumerate(runs):
+        own = ["--seed", str(seed * args.trainings + number), "--max_sequence_length", str(args.max_sequence_length)]
+        minutes = train(run, args, [*more, *own])
+        print(f"seed {seed}, training {number + 1} of {args.trainings}: {minutes:.1f} minutes", flush=True)
+    export.main([*map(str, runs), "--output_dir", str(folder / "student")])
+    return folder / "student"
 
 
 def over_seeds(values: list[float], digits: int) -> str:
@@ -127,6 +140,9 @@ def parse_args():
         default=[1.0, 1.5, 2.5, 3.0],
         help="of the teacher at 28 steps beside it, to see its best FID and its best accuracy",
     )
+    parser.add_argument(
+        "--trainings", type=int, default=1, help="of each seed; the student is their mean (default: 1)"
+    )
     add_sequence_length(parser)
     parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
     return parser.parse_known_args()
@@ -136,16 +152,17 @@ def main():
     args, more = parse_args()
     if args.num_prompts < len(CATEGORIES) * 10:
         raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    if args.trainings < 1:
+        raise UserError(f"--trainings is {args.trainings}: it must be at least 1.")
     check_documents(args.documents)
     silence_libraries()
     rows = []
     for seed in args.seeds:
         folder = Path(args.output_dir).resolve() / f"seed-{seed}"
-        own = ["--seed", str(seed), "--max_sequence_length", str(args.max_sequence_length)]
-        minutes = train(folder / "run", args, [*more, *own])
-        print(f"seed {seed}: {minutes:.1f} minutes", flush=True)
+        student = train_mean(folder, args, more, seed)
         settings = {"num_prompts": args.num_prompts, "guidance_scales": args.reference_guidance_scales}
-        judge = functools.partial(judge_seed, args, seed, folder / "run" / "student")
+        settings |= {"trainings": args.trainings}
+        judge = functools.partial(judge_seed, args, seed, student)
         rows += [row | {"seed": seed} for row in judged_once(folder / "report.json", settings, judge)]
     save_report(rows, args.results)
     table = summarize(rows)
