@@ -3,7 +3,7 @@
 """Write a run, a checkpoint or someone else's student as an ordinary diffusers repository, with its model card.
 
 Of several runs or checkpoints, the student is the mean of their weights. It is as fast as one of them and, where they
-differ in --seed only, often better.
+differ in --seed only, often better than they are on average.
 """
 
 import copy
@@ -164,17 +164,18 @@ def find_checkpoint(run) -> Path:
 
 def common_settings(found) -> dict:
     """The settings of runs, as lists where they differ. What makes a student must not: then a `UserError` says so."""
-    (first, *_), settings = found, [state["settings"] for state in found.values()]
-    values = {name: [one.get(name) for one in settings] for name in settings[0]}
-    differ = {name for name, given in values.items() if any(value != given[0] for value in given)}
+    settings = {path: state["settings"] for path, state in found.items()}
+    first, *others = settings
     for name in OF_ONE_STUDENT:
-        for path, state in found.items() if name in differ else ():
-            if state["settings"].get(name) != values[name][0]:
+        for other in others:
+            mine, theirs = settings[first].get(name), settings[other].get(name)
+            if mine != theirs:
                 raise UserError(
-                    f"{first} and {path} differ in {name} ({values[name][0]} and {state['settings'].get(name)}): give "
-                    "runs of one teacher, with the same sampler and networks."
+                    f"{first} and {other} differ in {name} ({mine} and {theirs}): give runs of one teacher, with the "
+                    "same sampler and networks."
                 )
-    return {name: given if name in differ else given[0] for name, given in values.items()}
+    values = {name: [one.get(name) for one in settings.values()] for name in settings[first]}
+    return {name: given[0] if all(one == given[0] for one in given) else given for name, given in values.items()}
 
 
 def total_facts(found) -> dict:
