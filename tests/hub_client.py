@@ -57,5 +57,8 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         importlib.import_module("hf_flowdistill.cli").main(sys.argv[1:])
     else:
+        # Its log keeps the stderr of its import, which would otherwise be the first command's.
+        with contextlib.redirect_stderr(io.StringIO()):
+            importlib.import_module("huggingface_hub.utils.logging")
         for line in sys.stdin:
             print(json.dumps(run(json.loads(line))), flush=True)
