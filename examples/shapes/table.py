@@ -160,8 +160,11 @@ def main():
     for seed in args.seeds:
         folder = Path(args.output_dir).resolve() / f"seed-{seed}"
         student = train_mean(folder, args, more, seed)
-        settings = {"num_prompts": args.num_prompts, "guidance_scales": args.reference_guidance_scales}
-        settings |= {"trainings": args.trainings}
+        settings = {
+            "num_prompts": args.num_prompts,
+            "guidance_scales": args.reference_guidance_scales,
+            "trainings": args.trainings,
+        }
         judge = functools.partial(judge_seed, args, seed, student)
         rows += [row | {"seed": seed} for row in judged_once(folder / "report.json", settings, judge)]
     save_report(rows, args.results)
