@@ -1,15 +1,20 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The second shapes teacher: it starts from the first one's weights, and its script ends with an ordinary pipeline."""
+"""The second shapes teacher: it starts from the first one's weights, and its script ends with an ordinary pipeline.
+
+It is trained in the precision that the CPU is fast in, as the first one is."""
 
 import argparse
+import contextlib
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from training_helpers import ROOT, run_command
 
 from hf_flowdistill.teachers import learn_contract
 from train_flux_teacher import build_pipeline, pack, start_from
+from train_teacher import Float32, mixed_precision
 
 
 TEACHER = ROOT / "examples/shapes/teacher"
@@ -48,6 +53,39 @@ def test_it_starts_as_the_first_teacher_but_for_positions():
         )[0]
     assert expected.std() > 1
     assert torch.allclose(velocity, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "capabilities, multiplies",
+    [({"avx2": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)],
+)
+def test_bfloat16_is_for_cpus_that_multiply_it(monkeypatch, capabilities, multiplies):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with mixed_precision():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if multiplies else torch.float32)
+
+
+def test_muon_in_float32_takes_the_step_of_bfloat16_without_its_rounding():
+    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+
+    def step(precision, dtype):
+        parameter = torch.nn.Parameter(torch.zeros(64, 32, dtype=dtype))
+        parameter.grad = gradient.to(dtype)
+        with precision:
+            torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0).step()
+        return parameter.detach().double()
+
+    exact, whole, half = (
+        step(precision, dtype)
+        for precision, dtype in [
+            (Float32(), torch.float64),
+            (Float32(), torch.float32),
+            (contextlib.nullcontext(), torch.float32),
+        ]
+    )
+    assert torch.allclose(whole, exact, atol=1e-5)
+    assert 1e-3 < (half - exact).norm() / exact.norm() < 0.03
 
 
 def test_the_script_writes_a_flux_pipeline(tmp_path):

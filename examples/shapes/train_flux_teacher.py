@@ -31,7 +31,7 @@ from hf_flowdistill import flow
 from hf_flowdistill.timesteps import sigma_from_normal
 from hf_flowdistill.training.arguments import silence_libraries
 from scenes import SIZE
-from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, fit, fit_vae, load_renders, save
+from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, fit, fit_vae, load_renders, mixed_precision, save
 
 
 MOST_GUIDANCE = 3.0  # guidance scales from 1 to this are learned
@@ -187,7 +187,7 @@ def train_transformer(pipeline, source, args) -> None:
         guidance = 1 + (MOST_GUIDANCE - 1) * torch.rand(len(pick), generator=generator)
         x_t = flow.add_noise(x0, noise, sigma)
         both = torch.cat([torch.full_like(text, len(unique) - 1), text])
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             with torch.no_grad():
                 halves = teacher(
                     torch.cat([x_t, x_t]),
