@@ -15,6 +15,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
+from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
@@ -56,6 +57,8 @@ def test_a_student_draws_with_its_own_defaults_whatever_the_batch(folder, tmp_pa
     assert [row["file_name"] for row in rows] == names
     assert [(row["text"], row["seed"]) for row in rows] == [("a fox", 5), ("a cat", 6), ("two dogs", 7)]
     assert Image.open(tmp_path / "out" / "grid.png").size == (64, 64)
+    # the folder is a text-image set as it is, the grid aside
+    assert list(open_dataset(str(tmp_path / "out")).captions()) == ["a fox", "a cat", "two dogs"]
 
     student = few_step_pipeline(load_pipeline(folder), read_settings(folder))
     for row in rows:
