@@ -55,7 +55,7 @@ NULL_TOKENS = 256  # how many zeros StableDiffusion3Pipeline appends by default 
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16. Where that is emulated, on AVX2, float32 is two to ten times as fast."""
+    """Whether the CPU multiplies bfloat16. Where that is emulated, on AVX2, float32 is two to nine times as fast."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
 
