@@ -26,11 +26,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 from image_sets import FORMS, noise_bytes, write_image_set  # noqa: E402
 from teacher_cases import learned  # noqa: E402
 
+from hf_flowdistill.cli import ArgumentParser, silence_libraries  # noqa: E402
 from hf_flowdistill.data.image_dataset import open_dataset  # noqa: E402
 from hf_flowdistill.data.images import ImagePairs  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.teachers.encode import learn_image_encoder  # noqa: E402
-from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
 
 
 BATCH = 50

@@ -16,11 +16,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from published_teachers import published_teacher  # noqa: E402
 
+from hf_flowdistill.cli import silence_libraries  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
-from hf_flowdistill.networks import RoleSettings  # noqa: E402
-from hf_flowdistill.planning import training_memory  # noqa: E402
-from hf_flowdistill.skeleton import load_skeleton  # noqa: E402
-from hf_flowdistill.training.arguments import silence_libraries  # noqa: E402
+from hf_flowdistill.networks.roles import RoleSettings  # noqa: E402
+from hf_flowdistill.planning.describe import training_memory  # noqa: E402
+from hf_flowdistill.planning.skeleton import load_skeleton  # noqa: E402
 
 
 TEACHERS = ("sana-1.6b-512", "sd3.5-medium", "sd3.5-large", "flux.1-dev")

@@ -18,9 +18,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from published_teachers import published_teacher  # noqa: E402
 
-from hf_flowdistill.choices import CHECKPOINTING, format_choices, list_choices  # noqa: E402
+from hf_flowdistill.cli import ArgumentParser, silence_libraries  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
-from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
+from hf_flowdistill.planning.choices import CHECKPOINTING, format_choices, list_choices  # noqa: E402
 
 
 MACHINES = {1: (24, 80), 8: (80,)}  # GPUs -> GB of each

@@ -31,12 +31,13 @@ from diffusers import SD3Transformer2DModel  # noqa: E402
 from teacher_cases import learned  # noqa: E402
 from training_helpers import quiet, reset_accelerate  # noqa: E402
 
+from hf_flowdistill.cli import ArgumentParser, silence_libraries  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn  # noqa: E402
-from hf_flowdistill.networks import ROLES, Networks, load_pipeline  # noqa: E402
+from hf_flowdistill.networks.loading import load_pipeline  # noqa: E402
+from hf_flowdistill.networks.roles import ROLES, Networks  # noqa: E402
 from hf_flowdistill.teachers import encode_prompts  # noqa: E402
-from hf_flowdistill.training.arguments import ArgumentParser, silence_libraries  # noqa: E402
 
 
 SHAPES = ROOT / "examples" / "shapes"

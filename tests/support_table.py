@@ -7,7 +7,7 @@ from pathlib import Path
 from teacher_cases import TEACHERS, learned
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.features import find_projection
+from hf_flowdistill.networks.features import find_projection
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "teachers.md"

@@ -12,10 +12,11 @@ from diffusers import StableDiffusion3Pipeline
 from teacher_cases import TEACHERS, learned
 from training_helpers import quiet, saved_teacher
 
-from hf_flowdistill.adapters import LORA_FILE, Role, merged, save_lora
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
-from hf_flowdistill.networks import Networks, RoleSettings, linear_layers
+from hf_flowdistill.networks.adapters import LORA_FILE, Role, merged, save_lora
+from hf_flowdistill.networks.blocks import linear_layers
+from hf_flowdistill.networks.roles import Networks, RoleSettings
 from hf_flowdistill.teachers import encode_prompts
 from hf_flowdistill.training.ema import EMA
 

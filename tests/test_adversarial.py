@@ -12,7 +12,6 @@ from toy_pipeline import ToyTransformer, toy
 
 from hf_flowdistill import flow
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.features import find_projection, guided_velocity_and_features, velocity_and_features
 from hf_flowdistill.methods import sid
 from hf_flowdistill.methods.sid_adversarial import (
     AdversarialBatch,
@@ -21,7 +20,8 @@ from hf_flowdistill.methods.sid_adversarial import (
     fake_score_turn,
     generator_turn,
 )
-from hf_flowdistill.networks import Networks, RoleSettings
+from hf_flowdistill.networks.features import find_projection, guided_velocity_and_features, velocity_and_features
+from hf_flowdistill.networks.roles import Networks, RoleSettings
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 
 

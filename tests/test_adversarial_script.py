@@ -22,9 +22,9 @@ from training_helpers import (
     script_arguments,
 )
 
-from hf_flowdistill.adapters import LORA_FILE
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.settings import write_settings
+from hf_flowdistill.networks.adapters import LORA_FILE
 
 
 GATE = {"discriminator_warmup_images": 4, "adversarial_start_images": 8}

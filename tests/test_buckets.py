@@ -25,10 +25,10 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.draws import draw_bucket
 from hf_flowdistill.hub.student import read_settings
-from hf_flowdistill.planning import describe_plan
+from hf_flowdistill.planning.describe import describe_plan
 from hf_flowdistill.teachers import encode_prompts, first_alike, learn_contract, learn_contracts
-from hf_flowdistill.training.distributed import draw_bucket
 
 
 SIZES = [(32, 32), (32, 48), (48, 32)]

@@ -12,7 +12,7 @@ from teacher_cases import learned
 
 from hf_flowdistill import flow
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate, generator_turn
-from hf_flowdistill.networks import Networks
+from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts
 
 

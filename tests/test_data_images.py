@@ -18,12 +18,8 @@ from PIL import Image
 from teacher_cases import learned
 from training_helpers import ROOT, run_command
 
-from hf_flowdistill.data.image_dataset import UnusableImage, fit_image, open_dataset, open_image, row_seed
-from hf_flowdistill.data.images import ImagePairs
-from hf_flowdistill.errors import UserError
-from hf_flowdistill.teachers.encode import learn_image_encoder
-from hf_flowdistill.training.arguments import ArgumentParser
-from hf_flowdistill.training.image_arguments import (
+from hf_flowdistill.cli import ArgumentParser
+from hf_flowdistill.data.arguments import (
     add_image_arguments,
     check_image_arguments,
     check_images_per_part,
@@ -31,6 +27,10 @@ from hf_flowdistill.training.image_arguments import (
     image_cache_dir,
     pair_settings,
 )
+from hf_flowdistill.data.image_dataset import UnusableImage, fit_image, open_dataset, open_image, row_seed
+from hf_flowdistill.data.images import ImagePairs
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.teachers.encode import learn_image_encoder
 
 
 COUNT, BROKEN = 150, {3, 70, 71, 149}

@@ -34,10 +34,12 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import Networks, RoleSettings, check_gradient_checkpointing, load_pipeline
+from hf_flowdistill.flow.draws import sample_noise
+from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.networks.roles import Networks, RoleSettings, check_gradient_checkpointing
 from hf_flowdistill.teachers import encode_prompts
 from hf_flowdistill.training.checkpointing import find_resume, load_checkpoint
-from hf_flowdistill.training.distributed import check_accelerator, check_world_size, sample_noise
+from hf_flowdistill.training.distributed import check_accelerator, check_world_size
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer
 

@@ -15,7 +15,7 @@ from PIL import Image
 from teacher_cases import TEACHERS, learned
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import decode, learn_contract
 from hf_flowdistill.teachers.encode import learn_image_encoder
 from scenes import SIZE, random_scene, render

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.rollout import rollout
 from hf_flowdistill.hub.export import check_export_dir, export_student
 from hf_flowdistill.hub.secrets import without_secrets
 from hf_flowdistill.hub.student import (
@@ -29,8 +30,7 @@ from hf_flowdistill.hub.student import (
     sampler_change,
     student_scheduler,
 )
-from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.rollout import rollout
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 PROMPT = "a cat"

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import quiet, run_here, saved_student, script_arguments
 
-from hf_flowdistill.adapters import LORA_FILE
 from hf_flowdistill.cli import main
+from hf_flowdistill.networks.adapters import LORA_FILE
 
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -19,7 +19,7 @@ from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ import torch
 
 from hf_flowdistill import flow
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.timesteps import logit_normal
+from hf_flowdistill.flow.weighting import WEIGHTINGS
 from hf_flowdistill.losses import fake_score_loss, sid_generator_loss
-from hf_flowdistill.timesteps import logit_normal
-from hf_flowdistill.weighting import WEIGHTINGS
 
 
 TEACHER = (1.5, 0.7)  # mean and std of the teacher's data

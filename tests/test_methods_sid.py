@@ -11,7 +11,7 @@ import torch
 
 from hf_flowdistill import flow
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.networks import Networks
+from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.training.optimizers import apply_update, build_optimizer
 

@@ -7,14 +7,9 @@ from diffusers import DiffusionPipeline
 from training_helpers import PIPELINE_KWARGS, quiet, saved_teacher
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import (
-    Networks,
-    load_pipeline,
-    modules_of,
-    move_all_but_transformer,
-    streamed,
-    weights_digest,
-)
+from hf_flowdistill.networks.loading import load_pipeline, weights_digest
+from hf_flowdistill.networks.placement import modules_of, move_all_but_transformer, streamed
+from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
 
 
@@ -115,7 +110,7 @@ def test_weights_that_are_streamed_change_nothing(name, monkeypatch):
         return contract, encode_prompts(pipeline, contract, ["red circle"]), decode(pipeline, contract, latents, "pt")
 
     expected = run()
-    monkeypatch.setattr("hf_flowdistill.networks.waits", lambda module, device: True)
+    monkeypatch.setattr("hf_flowdistill.networks.roles.waits", lambda module, device: True)
     with streamed(modules_of(pipeline).values(), "cpu"):
         assert {p.device.type for module in modules_of(pipeline).values() for p in module.parameters()} == {"meta"}
         contract, conditioning, image = run()

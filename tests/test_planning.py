@@ -12,11 +12,13 @@ from diffusers import StableDiffusion3Pipeline
 from published_teachers import published_teacher
 from training_helpers import PIPELINE_KWARGS, folder, saved_teacher
 
-from hf_flowdistill.adapters import Role
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import FULL, Networks, RoleSettings, linear_layers, load_pipeline, sharding_units
-from hf_flowdistill.planning import count, describe_memory, describe_shapes, training_memory
-from hf_flowdistill.skeleton import load_skeleton, measure_shapes
+from hf_flowdistill.networks.adapters import Role
+from hf_flowdistill.networks.blocks import linear_layers, sharding_units
+from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.networks.roles import FULL, Networks, RoleSettings
+from hf_flowdistill.planning.describe import count, describe_memory, describe_shapes, training_memory
+from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
 from hf_flowdistill.training.ema import EMA

@@ -18,9 +18,9 @@ from training_helpers import (
     script_arguments,
 )
 
-from hf_flowdistill.adapters import LORA_FILE
 from hf_flowdistill.commands import export
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks.adapters import LORA_FILE
 
 
 ADAPTERS = {"lora": ["ema", "fake_score", "generator"], "lora_fake": ["fake_score"]}

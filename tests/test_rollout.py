@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.rollout import NOISE_TYPES, rollout
+from hf_flowdistill.flow.rollout import NOISE_TYPES, rollout
 
 
 SHAPE = (3, 2, 4)

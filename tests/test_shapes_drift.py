@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import drift
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 
 

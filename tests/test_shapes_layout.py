@@ -8,7 +8,7 @@ from training_helpers import ROOT, run_command
 
 import layout
 from hf_flowdistill.hub.export import export_student
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 SCRIPT = ROOT / "examples/shapes/layout.py"

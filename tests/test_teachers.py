@@ -23,11 +23,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from teacher_cases import TEACHERS, learned
 
 from hf_flowdistill.flow import guide
+from hf_flowdistill.flow.rollout import rollout
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.hub.student import few_step_pipeline, read_settings
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
-from hf_flowdistill.networks import Networks
-from hf_flowdistill.rollout import rollout
+from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
 from hf_flowdistill.teachers.inference import as_batch, relative_error
 

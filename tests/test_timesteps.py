@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.timesteps import (
+from hf_flowdistill.flow.timesteps import (
     SCHEDULES,
     few_step_sigmas,
     logit_normal,

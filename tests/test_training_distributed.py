@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flowdistill.training.distributed import draw_k, global_indices, sample_noise, stream_seed
+from hf_flowdistill.flow.draws import draw_k, global_indices, sample_noise, stream_seed
 
 
 def noise(indices, **changes):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
+from hf_flowdistill.flow.weighting import WEIGHTINGS, get_weighting
 
 
 EXPECTED = {

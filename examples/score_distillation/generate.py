@@ -15,11 +15,11 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.student import few_step_pipeline, load_student, read_settings
-from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 def parse_args(input_args=None):

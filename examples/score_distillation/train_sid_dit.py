@@ -26,58 +26,14 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from hf_flowdistill.adapters import merged, save_lora
-from hf_flowdistill.cases import Case, Precision, describe_peak
-from hf_flowdistill.data.cache import cached_conditioning, encoder_key
-from hf_flowdistill.data.image_dataset import open_dataset
-from hf_flowdistill.data.images import ImagePairs
-from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
-from hf_flowdistill.data.shards import check_cache_dir
-from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
-from hf_flowdistill.features import find_projection
-from hf_flowdistill.hub.export import check_export_dir, export_student
-from hf_flowdistill.hub.push import check_push, push_student
-from hf_flowdistill.hub.student import sampler_change
-from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
-from hf_flowdistill.methods.sid_adversarial import AdversarialBatch, AdversarialConfig, adversarial_turns
-from hf_flowdistill.networks import (
-    ROLES,
-    Networks,
-    check_gradient_checkpointing,
-    load_pipeline,
-    modules_of,
-    move_all_but_transformer,
-    place_text_encoders,
-    streamed,
-    weights_digest,
-)
-from hf_flowdistill.planning import describe_plan
-from hf_flowdistill.rollout import NOISE_TYPES, falls_from_one
-from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
-from hf_flowdistill.teachers.encode import learn_image_encoder
-from hf_flowdistill.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
-from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
-from hf_flowdistill.training.arguments import (
+from hf_flowdistill.cli import (
     ArgumentParser,
     check_output_dir,
     image_sizes,
     json_object,
     silence_libraries,
 )
-from hf_flowdistill.training.distributed import (
-    all_ranks_agree,
-    check_accelerator,
-    check_world_size,
-    draw_bucket,
-    draw_k,
-    global_indices,
-    sample_noise,
-    stop_signals,
-    stream_seed,
-)
-from hf_flowdistill.training.ema import EMA
-from hf_flowdistill.training.image_arguments import (
+from hf_flowdistill.data.arguments import (
     add_image_arguments,
     check_image_arguments,
     check_images_per_part,
@@ -85,7 +41,36 @@ from hf_flowdistill.training.image_arguments import (
     image_cache_dir,
     pair_settings,
 )
-from hf_flowdistill.training.network_arguments import add_network_arguments, check_network_arguments, role_settings
+from hf_flowdistill.data.cache import cached_conditioning, encoder_key
+from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.images import ImagePairs
+from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
+from hf_flowdistill.data.shards import check_cache_dir
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
+from hf_flowdistill.flow.draws import draw_bucket, draw_k, global_indices, sample_noise, stream_seed
+from hf_flowdistill.flow.rollout import NOISE_TYPES, falls_from_one
+from hf_flowdistill.flow.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
+from hf_flowdistill.flow.weighting import WEIGHTINGS, get_weighting
+from hf_flowdistill.hub.export import check_export_dir, export_student
+from hf_flowdistill.hub.push import check_push, push_student
+from hf_flowdistill.hub.student import sampler_change
+from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
+from hf_flowdistill.methods.sid_adversarial import AdversarialBatch, AdversarialConfig, adversarial_turns
+from hf_flowdistill.networks.adapters import merged, save_lora
+from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments, role_settings
+from hf_flowdistill.networks.features import find_projection
+from hf_flowdistill.networks.loading import load_pipeline, weights_digest
+from hf_flowdistill.networks.placement import modules_of, move_all_but_transformer, place_text_encoders, streamed
+from hf_flowdistill.networks.roles import ROLES, Networks, check_gradient_checkpointing
+from hf_flowdistill.planning.cases import Case, Precision, describe_peak
+from hf_flowdistill.planning.describe import describe_plan
+from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
+from hf_flowdistill.teachers.encode import learn_image_encoder
+from hf_flowdistill.training import checkpointing, monitors
+from hf_flowdistill.training.adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
+from hf_flowdistill.training.distributed import all_ranks_agree, check_accelerator, check_world_size, stop_signals
+from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.initial_weights import check_student, load_weights
 from hf_flowdistill.training.optimizers import (
     LR_SCHEDULES,
     ROUNDINGS,
@@ -94,8 +79,6 @@ from hf_flowdistill.training.optimizers import (
     learning_rate_factor,
 )
 from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
-from hf_flowdistill.training.student import check_student, load_weights
-from hf_flowdistill.weighting import WEIGHTINGS, get_weighting
 
 
 logger = get_logger(__name__)

@@ -22,10 +22,10 @@ from scipy import ndimage
 
 from demo import CALL, HERE, REPOSITORY, load_pipelines
 from detector import MIN_CHROMA, detect, nearest_colour
+from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_cells
-from hf_flowdistill.training.arguments import silence_libraries
 from scenes import CATEGORIES, COLOURS, USUAL_COLOURS, random_scene, render
 from table import check_documents, insert
 

@@ -22,13 +22,13 @@ import torch
 
 from demo import CALL, HERE
 from hf_flowdistill import flow
+from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells
+from hf_flowdistill.flow.timesteps import logit_normal
 from hf_flowdistill.losses.sid import fake_score_loss
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import encode_prompts, learn_contract
-from hf_flowdistill.timesteps import logit_normal
-from hf_flowdistill.training.arguments import silence_libraries
 from scenes import random_scene
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_model
 from demo import CALL, HERE, train_sid_dit
 from detector import correct, detect
 from hf_flowdistill import flow
+from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
-from hf_flowdistill.training.arguments import silence_libraries
 from hf_flowdistill.training.checkpointing import latest_checkpoint
 from layout import after_calls, sampler_of
 from scenes import SIZE, random_scene

@@ -31,10 +31,10 @@ from demo import (
     train,
 )
 from detector import accuracy
+from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.commands import export
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
-from hf_flowdistill.training.arguments import silence_libraries
 from scenes import CATEGORIES, render
 
 

@@ -28,8 +28,8 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5Enc
 
 from demo import HERE
 from hf_flowdistill import flow
-from hf_flowdistill.timesteps import sigma_from_normal
-from hf_flowdistill.training.arguments import silence_libraries
+from hf_flowdistill.cli import silence_libraries
+from hf_flowdistill.flow.timesteps import sigma_from_normal
 from scenes import SIZE
 from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, fit, fit_vae, load_renders, mixed_precision, save
 

@@ -36,8 +36,9 @@ from transformers import (
 
 from features import FeatureNetwork, train_features
 from hf_flowdistill import flow
-from hf_flowdistill.timesteps import sigma_from_normal
-from hf_flowdistill.training.distributed import average_gradients, stream_seed
+from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.flow.timesteps import sigma_from_normal
+from hf_flowdistill.training.distributed import average_gradients
 from scenes import CATEGORIES, COUNTS, SIZE, random_scene, render
 
 

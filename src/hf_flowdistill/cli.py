@@ -1,9 +1,19 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The command `flowdistill`."""
+"""The command `flowdistill`, and what every command line shares: files of arguments, bounds, how mistakes are told."""
 
+import argparse
 import importlib
+import json
+import math
+import os
 import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from hf_flowdistill.errors import UserError, exit_on_user_error
 
@@ -18,6 +28,82 @@ COMMANDS = {  # a module of commands/, imported when it is called, since torch a
 }
 
 
+@dataclass(frozen=True)
+class Bounded:
+    """The type of an argument that is a number within bounds; `ArgumentParser.parse_args` holds it to them.
+
+    Attributes:
+        kind: `int` or `float`.
+        allowed: the bounds, as the end of "it must be ...".
+        holds: whether a number is within them.
+    """
+
+    kind: type
+    allowed: str
+    holds: Callable
+
+    @property
+    def __name__(self):  # argparse says "invalid int value"
+        return self.kind.__name__
+
+    def __call__(self, text: str):
+        return self.kind(text)
+
+
+# The bounds that there are.
+COUNT = Bounded(int, "at least 1", lambda value: value >= 1)
+NATURAL = Bounded(int, "at least 0", lambda value: value >= 0)
+POSITIVE = Bounded(float, "a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Bounded(float, "a number from 0", lambda value: 0 <= value < math.inf)
+FINITE = Bounded(float, "a finite number", math.isfinite)
+SHARE = Bounded(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+DECAY = Bounded(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser with `--config FILE.yaml`: a mapping of argument names to values.
+
+    The command line wins over the file. Every mistake is a `UserError`. The help shows the defaults.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="more arguments, one 'name: value' per line")
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names."""
+        args = sys.argv[1:] if args is None else list(args)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.error = self.error
+        finder.add_argument("--config")
+        path = finder.parse_known_args(args)[0].config
+        parsed = super().parse_args(args if path is None else self._words_of(path) + args, namespace)
+        for action in self._actions:
+            if isinstance(action.type, Bounded):
+                value = getattr(parsed, action.dest)
+                for number in value if isinstance(value, list) else [value]:
+                    if number is not None and not action.type.holds(number):
+                        raise UserError(f"--{action.dest} is {number}: it must be {action.type.allowed}.")
+        return parsed
+
+    def _words_of(self, path: str) -> list[str]:
+        """A config file as the words of a command line, so that types and choices are checked alike."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"the config file {path} cannot be read: {' '.join(str(error).split())}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"the config file {path} must hold one 'name: value' per line.")
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        unknown = ", ".join(str(name) for name in values if name not in flags)
+        if unknown:
+            raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")
+        return [word for name, value in values.items() for word in _words(flags[name], value)]
+
+
 @exit_on_user_error
 def main(input_args=None):
     words = sys.argv[1:] if input_args is None else list(input_args)
@@ -28,6 +114,88 @@ def main(input_args=None):
         raise UserError(f"flowdistill has no command {words[0]}: choose one of {', '.join(COMMANDS)}.")
     else:
         importlib.import_module(f"hf_flowdistill.commands.{words[0]}").main(words[1:])
+
+
+def silence_libraries() -> None:
+    """Errors only from diffusers and transformers, and no bars of loaded weights: a script has one bar, its own."""
+    import diffusers
+    import transformers  # both here, since they take seconds that not every command has to wait
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def json_object(text: str) -> dict:
+    """The type of an argument that is a mapping, e.g. '{"clip_skip": 1}'."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, e.g. '{{\"clip_skip\": 1}}', not {text!r}")
+    return value
+
+
+def image_sizes(text: str) -> list[tuple[int, int]]:
+    """The type of an argument that lists sizes as diffusers' scripts do: (height, width) of "512,512;384,680"."""
+    from diffusers.training_utils import parse_buckets_string  # here, since it takes seconds too
+
+    try:
+        with warnings.catch_warnings():  # of what is not divisible by 8; the pipeline itself says what it can make
+            warnings.simplefilter("ignore")
+            sizes = parse_buckets_string(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}"
+        ) from None
+    if len(set(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(f"must be different sizes, not {text!r}")
+    return sizes
+
+
+def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:
+    """Give the arguments in `defaults` their defaults where they are None, in place; where they are not `wanted`,
+    refuse any that is given.
+
+    Raises:
+        UserError: with the name of that argument and `otherwise`, the rest of the sentence.
+    """
+    for name, default in defaults.items():
+        given = getattr(args, name) is not None
+        if given and not wanted:
+            raise UserError(f"--{name} {otherwise}")
+        if wanted and not given:
+            setattr(args, name, default)
+
+
+def check_output_dir(output_dir, argument: str = "--output_dir") -> None:
+    """Raise `UserError` unless `output_dir` is a folder that can be written to, or can be made."""
+    path = Path(output_dir).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not existing.is_dir():
+        raise UserError(f"{argument} {output_dir} cannot be a folder, since {existing} is a file: choose another.")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"{argument} {output_dir} cannot be written to: choose a folder that can.")
+
+
+def _words(flag: str, value) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=44, width=119)
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False or action.default in ("", [], {}, argparse.SUPPRESS)
+        return action.help if hidden or "%(default" in action.help else action.help + " (default: %(default)s)"
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
 
 from pathlib import Path
 
+from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.card import read_report, write_card
 from hf_flowdistill.hub.export import add_results
 from hf_flowdistill.hub.settings import read_settings, write_settings
-from hf_flowdistill.training.arguments import ArgumentParser
 
 
 def main(input_args):

@@ -13,20 +13,21 @@ from pathlib import Path
 import torch
 from diffusers.utils import make_image_grid
 
-from hf_flowdistill.adapters import merged, save_lora
+from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
 from hf_flowdistill.commands.card import add_evaluation_arguments, read_evaluation
 from hf_flowdistill.commands.inspect import check_device, own_resolution
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.rollout import NOISE_TYPES
 from hf_flowdistill.hub.card import write_card
 from hf_flowdistill.hub.export import add_results, check_export_dir, check_shared_components, export_student
 from hf_flowdistill.hub.published import load_published
 from hf_flowdistill.hub.settings import read_settings, write_settings
 from hf_flowdistill.hub.student import few_step_pipeline, load_student
-from hf_flowdistill.networks import RoleSettings, load_pipeline
-from hf_flowdistill.rollout import NOISE_TYPES
+from hf_flowdistill.networks.adapters import merged, save_lora
+from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.teachers import learn_contract
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -4,11 +4,11 @@
 
 import torch
 
+from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.planning import describe_conditioning, describe_networks
+from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
 from hf_flowdistill.teachers import encode_prompts, learn_contract
-from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
 
 
 def main(input_args):

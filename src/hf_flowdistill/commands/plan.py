@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hf_flowdistill.choices import BASES, SHARE, format_choices, list_choices
+from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.training.arguments import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.planning.choices import BASES, SHARE, format_choices, list_choices
 
 
 def main(input_args):

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Publish an exported student on the Hub, in one commit. What is there already is not sent again."""
 
+from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.hub.push import upload_student
-from hf_flowdistill.training.arguments import ArgumentParser
 
 
 def main(input_args):

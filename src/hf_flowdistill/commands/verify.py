@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Download a repository, if it is not there yet, and compare every file with the Hub's checksum."""
 
+from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.hub.verify import verify_repository
-from hf_flowdistill.training.arguments import ArgumentParser
 
 
 def main(input_args):

@@ -30,7 +30,7 @@ from hf_flowdistill.data.shards import (
     write_shard,
 )
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import weights_digest
+from hf_flowdistill.networks.loading import weights_digest
 from hf_flowdistill.teachers.conditioning import Conditioning
 
 

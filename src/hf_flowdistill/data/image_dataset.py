@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_flowdistill.data.shards import json_digest
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.training.distributed import stream_seed
+from hf_flowdistill.flow.draws import stream_seed
 
 
 SECONDS_BETWEEN_TRIES = 1, 2  # of an address that does not answer

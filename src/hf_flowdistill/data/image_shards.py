@@ -22,7 +22,7 @@ from hf_flowdistill.data.image_dataset import (
 )
 from hf_flowdistill.data.shards import corrupt, json_digest, read_about, write_shard
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import weights_digest
+from hf_flowdistill.networks.loading import weights_digest
 from hf_flowdistill.teachers.encode import ImageEncoder
 
 

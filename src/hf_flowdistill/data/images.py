@@ -42,8 +42,8 @@ from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
 from hf_flowdistill.data.shards import LOCK_FILE, check_shard, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.draws import stream_seed
 from hf_flowdistill.teachers.encode import ImageEncoder
-from hf_flowdistill.training.distributed import stream_seed
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.training.distributed import stream_seed
+from hf_flowdistill.flow.draws import stream_seed
 
 
 CAPTION_COLUMN = "text"

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_flowdistill.data.files import flush, replace_text
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.training.checkpointing import flush, replace_text
 
 
 logger = logging.getLogger(__name__)

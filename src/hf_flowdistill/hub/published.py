@@ -17,7 +17,7 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.hub.checksums import PICKLES, files_of
 from hf_flowdistill.hub.client_errors import persistently, reason
 from hf_flowdistill.hub.teacher_card import is_hub_id
-from hf_flowdistill.networks import load_pipeline
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -14,10 +14,10 @@ import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.rollout import NOISE_TYPES
+from hf_flowdistill.flow.timesteps import few_step_sigmas
 from hf_flowdistill.hub.settings import read_settings  # noqa: F401  (where scripts look for it)
-from hf_flowdistill.networks import load_pipeline
-from hf_flowdistill.rollout import NOISE_TYPES
-from hf_flowdistill.timesteps import few_step_sigmas
+from hf_flowdistill.networks.loading import load_pipeline
 
 
 def student_scheduler(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_flowdistill.flow import velocity
-from hf_flowdistill.weighting import get_weighting
+from hf_flowdistill.flow.weighting import get_weighting
 
 
 def sid_generator_loss(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_flowdistill import flow
+from hf_flowdistill.flow.rollout import rollout
 from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss
-from hf_flowdistill.networks import Networks
-from hf_flowdistill.rollout import rollout
+from hf_flowdistill.networks.roles import Networks
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_flowdistill import flow
-from hf_flowdistill.features import guided_velocity_and_features, velocity_and_features
+from hf_flowdistill.flow.weighting import get_weighting
 from hf_flowdistill.losses.adversarial import adversarial_generator_loss, discriminator_loss
 from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss, x0_statistics
 from hf_flowdistill.methods import sid
-from hf_flowdistill.networks import Networks
-from hf_flowdistill.weighting import get_weighting
+from hf_flowdistill.networks.features import guided_velocity_and_features, velocity_and_features
+from hf_flowdistill.networks.roles import Networks
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from hf_flowdistill.flow import guide, rescale_guidance
+from hf_flowdistill.flow.timesteps import few_step_sigmas
 from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
 from hf_flowdistill.teachers.inference import same
 from hf_flowdistill.teachers.watch import SCALE, first_output
 from hf_flowdistill.teachers.words import in_words
-from hf_flowdistill.timesteps import few_step_sigmas
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of the adversarial stage, and of the student that it goes on with."""
 
+from hf_flowdistill.cli import fill_in
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.training.arguments import fill_in
 
 
 DEFAULTS = {  # of the authors' release; here, since a run without the stage has none of them

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hf_flowdistill.data.files import flush, replace_text, unfinished_name
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.training.checkpoint_files import are_sharded, read_shards, read_whole, write_shards, write_whole
 from hf_flowdistill.training.distributed import is_distributed, on_main, process_rank, together
@@ -167,7 +168,7 @@ def read_run(output_dir, *, resume: bool) -> list[dict]:
         UserError: if it holds something and this is not to `resume`, or if it holds something else than a run.
     """
     output_dir = Path(output_dir)
-    if not output_dir.is_dir() or not {path.name for path in output_dir.iterdir()} - {_unfinished(RUN_FILE)}:
+    if not output_dir.is_dir() or not {path.name for path in output_dir.iterdir()} - {unfinished_name(RUN_FILE)}:
         return []
     if not resume:
         raise UserError(
@@ -282,26 +283,3 @@ def set_aside_later(output_dir, images_seen: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
         logger.warning(f"{path} lies after where the run goes on: it was renamed to {aside.name}")
-
-
-def replace_text(path: Path, text: str, unfinished: Path | None = None) -> None:
-    """Write a file that is, after a crash at any moment or on a full disk, the whole new one or what there was.
-
-    Until it is whole it is called `unfinished`, by default as `path` with .tmp behind.
-    """
-    unfinished = unfinished or path.with_name(_unfinished(path.name))
-    unfinished.write_text(text)
-    flush(unfinished)
-    os.replace(unfinished, path)
-
-
-def _unfinished(name: str) -> str:
-    return name + ".tmp"
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

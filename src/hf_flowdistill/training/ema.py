@@ -4,7 +4,7 @@
 
 import torch
 
-from hf_flowdistill.networks import plain_copy
+from hf_flowdistill.networks.roles import plain_copy
 
 
 def ema_decay(batch_size: int, images_seen: int, half_life_images: float, rampup: float = 0.05) -> float:

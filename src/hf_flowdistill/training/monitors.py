@@ -10,9 +10,9 @@ from string import Formatter
 import numpy as np
 import torch
 
+from hf_flowdistill.data.files import replace_text
 from hf_flowdistill.flow import add_noise
 from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
-from hf_flowdistill.training.checkpointing import replace_text
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 

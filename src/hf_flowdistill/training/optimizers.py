@@ -9,7 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients, stream_seed, whole
+from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients, whole
 
 
 LR_SCHEDULES = ("constant", "cosine", "linear")

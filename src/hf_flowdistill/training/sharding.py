@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from hf_flowdistill.adapters import Role, without_adapters
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import plain_copy, sharding_units
+from hf_flowdistill.networks.adapters import Role, without_adapters
+from hf_flowdistill.networks.blocks import sharding_units
+from hf_flowdistill.networks.roles import plain_copy
 from hf_flowdistill.training.distributed import local
 
 

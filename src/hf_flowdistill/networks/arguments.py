@@ -5,9 +5,9 @@
 import dataclasses
 import importlib.util
 
-from hf_flowdistill.adapters import QUANTIZATIONS
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks import NETWORKS, RoleSettings
+from hf_flowdistill.networks.adapters import QUANTIZATIONS
+from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
 from hf_flowdistill.training.optimizers import ROUNDINGS
 
 

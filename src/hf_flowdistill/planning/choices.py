@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from hf_flowdistill.cases import SHARDINGS, Case, Precision, Stage
 from hf_flowdistill.evaluation.report import format_cells
-from hf_flowdistill.memory_tracker import Peak
-from hf_flowdistill.networks import ROLES, RoleSettings
-from hf_flowdistill.rehearsal import BUFFERS, LORA, joined
-from hf_flowdistill.startup import Start
+from hf_flowdistill.networks.roles import ROLES, RoleSettings
+from hf_flowdistill.planning.cases import SHARDINGS, Case, Precision, Stage
+from hf_flowdistill.planning.memory_tracker import Peak
+from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, joined
+from hf_flowdistill.planning.startup import Start
 
 
 # What can be chosen, and the arguments of the training script for it.

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_flowdistill.adapters import Role
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow import guide
+from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.teachers.conditioning import Conditioning, encode_batch
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.learning import PROMPTS

@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_flowdistill.adapters import Role
-from hf_flowdistill.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
-from hf_flowdistill.networks import ROLES, Networks, sharding_units
-from hf_flowdistill.skeleton import Shapes
+from hf_flowdistill.networks.adapters import Role
+from hf_flowdistill.networks.blocks import sharding_units
+from hf_flowdistill.networks.roles import ROLES, Networks
+from hf_flowdistill.planning.memory_tracker import MemoryTracker, Peak
+from hf_flowdistill.planning.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract

@@ -4,9 +4,9 @@
 
 from pathlib import Path
 
+from hf_flowdistill.cli import check_output_dir, fill_in
 from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.training.arguments import check_output_dir, fill_in
 
 
 DEFAULTS = {  # here, since a run without images has none of them

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_flowdistill.networks import FULL, RoleSettings, linear_layers, sharding_units
-from hf_flowdistill.skeleton import Shapes, load_skeleton, measure_shapes
+from hf_flowdistill.networks.blocks import linear_layers, sharding_units
+from hf_flowdistill.networks.roles import FULL, RoleSettings
+from hf_flowdistill.planning.skeleton import Shapes, load_skeleton, measure_shapes
 
 
 def count(module: torch.nn.Module) -> tuple[int, int]:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.memory_tracker import Peak
 from hf_flowdistill.methods.sid import SiDConfig
-from hf_flowdistill.networks import Networks, RoleSettings, sharding_units
-from hf_flowdistill.planning import count
-from hf_flowdistill.quantized_sizes import Adam8bitSizes
-from hf_flowdistill.rehearsal import (
+from hf_flowdistill.networks.blocks import sharding_units
+from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
+from hf_flowdistill.networks.roles import Networks, RoleSettings
+from hf_flowdistill.planning.describe import count
+from hf_flowdistill.planning.memory_tracker import Peak
+from hf_flowdistill.planning.rehearsal import (
     BUFFERS,
     LORA,
     embeds_guidance,
@@ -24,8 +25,8 @@ from hf_flowdistill.rehearsal import (
     rehearse_blocks,
     stand_in_contract,
 )
-from hf_flowdistill.skeleton import load_skeleton, measure_shapes
-from hf_flowdistill.startup import Start, measure_start
+from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
+from hf_flowdistill.planning.startup import Start, measure_start
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import build_optimizer

@@ -10,9 +10,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
-from hf_flowdistill.adapters import LORA_FILE, Role
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks import read_index
+from hf_flowdistill.networks.adapters import LORA_FILE, Role
+from hf_flowdistill.networks.loading import read_index
 from hf_flowdistill.training.distributed import together
 
 

@@ -14,7 +14,7 @@ import transformers
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks import read_index
+from hf_flowdistill.networks.loading import read_index
 from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, check_size, plain_scheduler
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_flowdistill import flow
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.timesteps import few_step_sigmas
+from hf_flowdistill.flow.timesteps import few_step_sigmas
 
 
 NOISE_TYPES = ("fresh", "fixed", "ddim")

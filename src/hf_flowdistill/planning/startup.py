@@ -13,10 +13,10 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from hf_flowdistill.memory_tracker import MemoryTracker
-from hf_flowdistill.networks import has_room
-from hf_flowdistill.rehearsal import fill, shortened
-from hf_flowdistill.skeleton import Shapes
+from hf_flowdistill.networks.placement import has_room
+from hf_flowdistill.planning.memory_tracker import MemoryTracker
+from hf_flowdistill.planning.rehearsal import fill, shortened
+from hf_flowdistill.planning.skeleton import Shapes
 
 
 PROMPTS_AT_ONCE = 16  # that are encoded

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_flowdistill.quantized_sizes import QuantizedSizes
+from hf_flowdistill.networks.quantized_sizes import QuantizedSizes
 
 
 QUANTIZATIONS = ("none", "8bit", "nf4")

@@ -1,0 +1,76 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Loading a teacher pipeline, and telling its weights from others."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.distributed.tensor import DTensor
+
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.teachers.watch import check_flow_matching
+
+
+def read_index(path, *, revision=None, cache_dir=None) -> dict:
+    """The pipeline's model_index.json: component -> [library, class].
+
+    Raises:
+        UserError: there is nothing at `path`, it is no diffusers pipeline, or one without a transformer.
+    """
+    path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not Path(path).exists() and not looks_like_hub_id:
+        raise UserError(f"{path} does not exist: give a diffusers pipeline folder or a Hub id.")
+    try:
+        index = DiffusionPipeline.load_config(path, **where)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise UserError(
+                f"{path} is not a diffusers pipeline, it has no readable model_index.json: give the folder that the "
+                "pipeline's save_pretrained wrote, not one of its components."
+            ) from None
+        raise UserError(f"{path} is no folder, and as a Hub id it cannot be read: {first_line(error)}") from error
+    if index.get("transformer", [None])[0] is None:
+        has = "a UNet" if "unet" in index else "no transformer"
+        raise UserError(
+            f"{path} cannot be a teacher: {index.get('_class_name')} has {has} instead of a flow-matching transformer."
+        )
+    return index
+
+
+def load_pipeline(
+    path, *, revision=None, variant=None, cache_dir=None, dtype=torch.float32, **components
+) -> DiffusionPipeline:
+    """Load a diffusers flow-matching pipeline from a folder or from the Hub.
+
+    Its index is read first, so that what cannot be a teacher is refused before any weights are read. Components that
+    the index lists as absent (SD3 without T5, say) are absent. Those that are given as `components` are not read.
+
+    Raises:
+        UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, or
+            not a flow-matching transformer.
+    """
+    path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
+    index = read_index(path, **where)
+    given = {name: None for name, component in index.items() if component == [None, None]} | components
+    try:
+        # Pickles can run any code when they are loaded.
+        how = {"variant": variant, "dtype": dtype, "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(path, **how, **where, **given)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
+    check_flow_matching(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """16 hexadecimal digits that change with every weight of `network`; all processes ask for a sharded one's."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

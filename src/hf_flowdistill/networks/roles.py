@@ -1,0 +1,194 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The three networks of a distillation, each its own or in a role on a shared base."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.networks.adapters import Role, SharedBase, quantize
+from hf_flowdistill.networks.blocks import linear_layers
+
+
+def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[torch.nn.Module], torch.Tensor]) -> None:
+    """Freeze `network` and compare `predict(network)` without gradient checkpointing and with it; then it is off.
+
+    diffusers writes it anew for every class, and for some it fails or leaves out an argument of the blocks.
+
+    Raises:
+        UserError: it fails, or changes what is predicted.
+    """
+    name = type(network).__name__
+    network.requires_grad_(False)
+    with torch.enable_grad():
+        expected = predict(network)
+        try:
+            network.enable_gradient_checkpointing()
+            found = predict(network)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the installed diffusers cannot recompute the activations of {name} ({first_line(error)}): "
+                "leave out --gradient_checkpointing."
+            ) from error
+    network.disable_gradient_checkpointing()
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference < 1e-3:
+        raise UserError(
+            f"with gradient checkpointing the installed diffusers computes something else in {name} (relative "
+            f"difference {difference:.1e}): leave out --gradient_checkpointing."
+        )
+
+
+def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of a network that is not sharded, in `dtype`."""
+    return copy.deepcopy(network).to(dtype)
+
+
+NETWORKS = ("full", "lora_fake", "lora")
+ROLES = ("teacher", "generator", "fake_score")
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """Which networks a distillation has, and what is trained of them.
+
+    Attributes:
+        networks: "full", three networks; "lora_fake", the generator is one of its own and the fake score a LoRA
+            adapter on the teacher; or "lora", generator and fake score are two adapters on the teacher.
+        rank, lora_alpha: of the adapters; an alpha of None is the rank, which scales by 1.
+        lora_layers: as `wanted` in `linear_layers`.
+        base_quantization: of the teacher under two adapters, "none", "8bit" or "nf4"; see `adapters.quantize`.
+    """
+
+    networks: str = "full"
+    rank: int = 64
+    lora_alpha: float | None = None
+    lora_layers: str | None = None
+    base_quantization: str = "none"
+
+    def layers(self, transformer: torch.nn.Module) -> list[str]:
+        """Full names of what gets adapters, as `linear_layers`; nothing with three networks."""
+        return [] if self.networks == "full" else linear_layers(transformer, self.lora_layers)
+
+    def share(self, teacher: torch.nn.Module, *, seed: int = 0, device=None) -> SharedBase:
+        """`teacher`, in place, as the base of adapters, on `device`, quantized on its way there if it is to be.
+
+        Raises:
+            UserError: as `linear_layers`.
+        """
+        targets, quantized = self.layers(teacher), []
+        if self.base_quantization != "none":
+            quantized = linear_layers(teacher)
+            quantize(teacher, quantized, self.base_quantization, device)
+        if device is not None:
+            teacher.to(device)
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return SharedBase(teacher, targets, rank=self.rank, alpha=alpha, seed=seed, quantized=quantized)
+
+
+FULL = RoleSettings()
+
+
+@dataclass
+class Networks:
+    """The three networks of a score distillation. All run in eval mode (no dropout), as the teacher does.
+
+    Each is called as the teacher's transformer is. Where they share it, they are roles on it (`adapters.Role`).
+
+    Attributes:
+        teacher: frozen; gradient passes through it to its input, never into its parameters.
+        generator: the student.
+        fake_score: follows the distribution of what the generator makes.
+    """
+
+    teacher: torch.nn.Module
+    generator: torch.nn.Module
+    fake_score: torch.nn.Module
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: torch.nn.Module,
+        dtype: torch.dtype = torch.float32,
+        roles: RoleSettings = FULL,
+        *,
+        copy: Callable[[torch.nn.Module, torch.dtype], torch.nn.Module] = plain_copy,
+        seed: int = 0,
+        device=None,
+    ) -> "Networks":
+        """Networks that all start as `teacher` in `dtype`, which is itself frozen and made `dtype`, in place.
+
+        All three have one precision, because training follows small differences between their predictions; adapters
+        are float32. Autocast still serves all three. A teacher that is shared gets the adapters' layers, in place, and
+        is quantized if `roles` says so: then training follows the quantized teacher.
+
+        Args:
+            copy: makes what is trained whole, e.g. `Sharding.copy`.
+            seed: of the adapters.
+            device: where all of them are to be; by default where the teacher is. Of one that is quantized, no more
+                than a layer is there as it was.
+
+        Raises:
+            UserError: as `linear_layers`.
+        """
+        teacher.eval().to(dtype).requires_grad_(False)
+        if device is not None and roles.networks != "lora":
+            teacher.to(device)
+        if roles.networks == "full":
+            return cls(teacher, *(copy(teacher, dtype).requires_grad_(True) for _ in range(2)))
+        generator = copy(teacher, dtype).requires_grad_(True) if roles.networks == "lora_fake" else None
+        shared = roles.share(teacher, seed=seed, device=device)
+        return cls(Role(shared), generator or shared.add("generator"), shared.add("fake_score"))
+
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """What a checkpoint has to hold, by name: networks, or adapters, each with exactly what is trained of it."""
+        return {"generator": self.generator, "fake_score": self.fake_score}
+
+    def enable_gradient_checkpointing(self, names: Iterable[str] = ROLES) -> None:
+        """Recompute activations in the backward pass, in the networks called `names`.
+
+        By default in all three: gradient also passes through the frozen ones.
+        """
+        for name in names:
+            getattr(self, name).enable_gradient_checkpointing()
+
+    @contextlib.contextmanager
+    def training(self, name: str):
+        """The turn of the network called `name` ("generator" or "fake_score"): only it can receive gradient inside.
+
+        The backward pass belongs inside too. Later the other network may have its turn, where this one is frozen, and
+        its gradient would silently be none; so a backward pass outside, of what was computed inside, is an error.
+
+        Raises:
+            RuntimeError: from such a backward pass.
+        """
+        other = {"generator": self.fake_score, "fake_score": self.generator}[name]
+        over = False
+
+        def check(gradient):
+            if over:
+                raise RuntimeError(
+                    f"a backward pass through the turn of the {name} after its end: keep loss.backward() inside "
+                    f"`with networks.training({name!r})`"
+                )
+
+        def guard(network, arguments, output):
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(check)
+
+        networks = (self.teacher, self.generator, self.fake_score)
+        hooks = [network.register_forward_hook(guard) for network in networks]
+        other.requires_grad_(False)
+        try:
+            yield getattr(self, name)
+        finally:
+            over = True
+            other.requires_grad_(True)
+            for hook in hooks:
+                hook.remove()
