@@ -36,5 +36,5 @@ class StandInPairs:
         return torch.stack(drawn)
 
 
-def open_pairs(run, state):
-    return StandInPairs(Path(run.args.output_dir, "images"), run.contract.latent_shape)
+def open_pairs(args, accelerator, teacher, state):
+    return StandInPairs(Path(args.output_dir, "images"), teacher.contracts[0].latent_shape)

@@ -25,6 +25,7 @@ from training_helpers import (
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.settings import write_settings
 from hf_flowdistill.networks.adapters import LORA_FILE
+from hf_flowdistill.training import run as run_module
 
 
 GATE = {"discriminator_warmup_images": 4, "adversarial_start_images": 8}
@@ -33,7 +34,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(train_sid_dit, "open_pairs", open_pairs)
+    monkeypatch.setattr(run_module, "open_pairs", open_pairs)
 
 
 def adversarial(output_dir, *more, **named):
@@ -120,7 +121,7 @@ def test_going_on_with_another_sampler_is_told(tmp_path, monkeypatch):
     of_student = {"student_model_name_or_path": student, "num_steps": 2}
     sampler = {"num_steps": 2, "noise_type": "fresh", "call_defaults": {"sigmas": [1.0, 0.5]}}
     write_settings(student, {"exported_by": "hf_flowdistill", "student": sampler})
-    monkeypatch.setattr(train_sid_dit.logger, "warning", warned.append)
+    monkeypatch.setattr(run_module.logger, "warning", warned.append)
     for number, sigmas in enumerate(([], ["--sigmas", 1, 0.9])):
         run_here(*adversarial(tmp_path / f"run{number}", *sigmas, **GATE, **of_student))
     before, now = (f"2 steps at sigma {levels}, fresh noise" for levels in ("1, 0.5", "1, 0.9"))

@@ -8,7 +8,6 @@ import pytest
 import tiny_teachers
 import torch
 from PIL import Image
-from score_distillation import train_sid_dit
 from teacher_cases import learned
 from test_distributed import TORCHRUN
 from test_resume import same_bits, same_metrics
@@ -25,10 +24,11 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.draws import draw_bucket
+from hf_flowdistill.flow.draws import draw_bucket, draw_k
 from hf_flowdistill.hub.student import read_settings
 from hf_flowdistill.planning.describe import describe_plan
 from hf_flowdistill.teachers import encode_prompts, first_alike, learn_contract, learn_contracts
+from hf_flowdistill.training import texts
 
 
 SIZES = [(32, 32), (32, 48), (48, 32)]
@@ -42,7 +42,7 @@ def test_the_draw_is_uniform_and_needs_no_state():
     assert len(counts) == 3 and all(abs(counts - 1000) < 120)
     assert drawn.tolist() != [draw_bucket(1, step, 3) for step in range(3000)]
     assert {draw_bucket(0, step, 1) for step in range(50)} == {0}
-    same_k = torch.tensor([1 + drawn[step].item() == train_sid_dit.draw_k(0, step, 3) for step in range(3000)])
+    same_k = torch.tensor([1 + drawn[step].item() == draw_k(0, step, 3) for step in range(3000)])
     assert abs(same_k.float().mean() - 1 / 3) < 0.03
 
 
@@ -165,7 +165,7 @@ def test_times_that_depend_on_the_size():
     ],
 )
 def test_what_cannot_be_a_bucket_is_refused_before_anything_is_encoded(changes, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sid_dit, "first_alike", pytest.fail)
+    monkeypatch.setattr(texts, "first_alike", pytest.fail)
     with pytest.raises(UserError, match=sentence):
         run_here(*script_arguments(tmp_path / "run", **{**BUCKETS, **changes}))
 

@@ -15,7 +15,6 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from score_distillation import train_sid_dit
 from stand_in_pairs import open_pairs
 from teacher_cases import learned
 from training_helpers import (
@@ -38,6 +37,7 @@ from hf_flowdistill.flow.draws import sample_noise
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.networks.roles import Networks, RoleSettings, check_gradient_checkpointing
 from hf_flowdistill.teachers import encode_prompts
+from hf_flowdistill.training import run as run_module
 from hf_flowdistill.training.checkpointing import find_resume, load_checkpoint
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
 from hf_flowdistill.training.ema import EMA
@@ -48,11 +48,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 SEVERAL_RUNS = """
 import json, sys
 from accelerate.state import PartialState
+from hf_flowdistill.training import run
 from score_distillation import train_sid_dit
 from stand_in_pairs import open_pairs
 from training_helpers import reset_accelerate
 
-train_sid_dit.open_pairs = open_pairs
+run.open_pairs = open_pairs
 PartialState.destroy_process_group = lambda *_: None  # the next run's too: imports take longer than all runs
 for arguments in json.loads(sys.argv[1]):
     reset_accelerate()
@@ -99,7 +100,7 @@ CASES += [("adversarial", "one image at a time"), ("adversarial", "two images at
 @pytest.fixture(autouse=True, scope="module")
 def stand_in():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sid_dit, "open_pairs", open_pairs)
+        patch.setattr(run_module, "open_pairs", open_pairs)
         yield
 
 
@@ -257,6 +258,7 @@ def test_gradient_checkpointing_that_changes_the_result(name, refused):
 TWO_FORKED = """
 import math, os, signal, sys
 from hf_flowdistill.errors import exit_on_user_error
+from hf_flowdistill.methods import sid
 from score_distillation import train_sid_dit
 
 port, trouble, *arguments = sys.argv[1:]
@@ -264,7 +266,7 @@ child = os.fork()
 rank = int(child == 0)
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-generator_turn, calls = train_sid_dit.generator_turn, iter(range(100))
+generator_turn, calls = sid.generator_turn, iter(range(100))
 
 def troubled(*inputs):
     loss, metrics = generator_turn(*inputs)
@@ -274,7 +276,7 @@ def troubled(*inputs):
     return loss * (math.nan if trouble == "nan" and (call == 1 or call > 2) else 1), metrics
 
 if rank == 1:
-    train_sid_dit.generator_turn = troubled
+    sid.generator_turn = troubled
 try:
     exit_on_user_error(train_sid_dit.main)(arguments)
     code = 0

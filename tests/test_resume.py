@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from score_distillation import train_sid_dit
 from stand_in_pairs import open_pairs
 from training_helpers import (
     SCRIPT,
@@ -24,6 +23,8 @@ from training_helpers import (
 )
 
 from hf_flowdistill.errors import exit_on_user_error
+from hf_flowdistill.methods import sid
+from hf_flowdistill.training import run as run_module
 from hf_flowdistill.training.checkpointing import latest_checkpoint
 
 
@@ -62,7 +63,7 @@ def same_metrics(first, second):
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_a_shared_rollout_resumes_to_the_same_bits(adversarial, tmp_path, monkeypatch):
     """The adversarial stage too, in the middle of a part of its images."""
-    monkeypatch.setattr(train_sid_dit, "open_pairs", open_pairs)
+    monkeypatch.setattr(run_module, "open_pairs", open_pairs)
     more, gate = ["--share_rollout"], {}
     if adversarial:
         more += ["--adversarial", f"--student_model_name_or_path={saved_student()}"]
@@ -158,14 +159,14 @@ def test_killed_in_the_middle_of_a_checkpoint(uninterrupted, tmp_path):
 
 def in_the_generators_turn(monkeypatch, call, act):
     """Do something in one of the generator's turns, then compute it as ever."""
-    generator_turn, calls = train_sid_dit.generator_turn, iter(range(10**6))
+    generator_turn, calls = sid.generator_turn, iter(range(10**6))
 
     def turn(*inputs):
         if next(calls) == call:
             act()
         return generator_turn(*inputs)
 
-    monkeypatch.setattr(train_sid_dit, "generator_turn", turn)
+    monkeypatch.setattr(sid, "generator_turn", turn)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -220,11 +221,12 @@ def test_a_disk_without_room_for_a_line(tmp_path, monkeypatch, capsys):
 KILLED_AT_ANY_TIME = """
 import json, os, random, signal, sys, time
 from pathlib import Path
+from hf_flowdistill.training.monitors import MetricsFile
 from score_distillation import train_sid_dit
 from training_helpers import quiet
 
 output_dir, *arguments = sys.argv[1:]
-moments, MetricsFile = random.Random(0), train_sid_dit.monitors.MetricsFile
+moments = random.Random(0)
 write = MetricsFile.write
 unfinished, lost = 0, []
 

@@ -33,7 +33,12 @@ from training_helpers import (
 
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.methods import sid
+from hf_flowdistill.methods.method import Size
+from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts
+from hf_flowdistill.training import arguments, texts
+from hf_flowdistill.training import run as run_module
 
 
 @pytest.mark.parametrize("teacher", ["stable_diffusion_3", "sana", "flux"])
@@ -124,13 +129,13 @@ def test_the_sampler_steps_are_at_the_sigmas_asked_for(tmp_path):
 
 def test_updates_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     """A NaN leaves both networks where they were, is counted, and ends the run when it keeps coming."""
-    generator_turn = train_sid_dit.generator_turn
+    generator_turn = sid.generator_turn
 
     def sometimes_nan(networks, contract, batch, config):
         loss, diagnostics = generator_turn(networks, contract, batch, config)
         return loss * (math.nan if next(calls) in failing else 1), diagnostics
 
-    monkeypatch.setattr(train_sid_dit, "generator_turn", sometimes_nan)
+    monkeypatch.setattr(sid, "generator_turn", sometimes_nan)
     calls, failing = iter(range(100)), {3}  # one micro-batch of the second step
     run_here(*script_arguments(tmp_path / "once", max_train_images=12))
     lines = metrics(tmp_path / "once")
@@ -154,16 +159,15 @@ def test_the_cache_changes_nothing(tmp_path, monkeypatch):
     assert len(encoded) == 2  # the prompts, and the negative prompt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_sid_dit, "encode_batch", pytest.fail)
-        patch.setattr(train_sid_dit, "encode_unconditional", pytest.fail)
+        patch.setattr(texts, "encode_batch", pytest.fail)
+        patch.setattr(texts, "encode_unconditional", pytest.fail)
         run_here(*script_arguments(tmp_path / "second", **arguments))
     assert sorted((tmp_path / "shared").glob("shard-*")) == encoded
 
-    def in_memory(run):
-        both = encode_prompts(run.pipeline, run.contract, run.prompts.distinct)
-        return both[0], None, both[1]
+    def in_memory(self, contract, later):
+        return Size(contract, *encode_prompts(self._teacher.pipeline, contract, self.prompts.distinct))
 
-    monkeypatch.setattr(train_sid_dit, "encode_all", in_memory)
+    monkeypatch.setattr(texts.Texts, "_encode", in_memory)
     run_here(*script_arguments(tmp_path / "memory", max_train_images=12))
     assert not (tmp_path / "memory" / "conditioning").exists()
 
@@ -197,11 +201,11 @@ def test_prompts_of_other_kinds_train_the_same(tmp_path):
 
 
 def test_a_spoiled_or_foreign_cache_ends_the_run_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sid_dit, "train", lambda run: None)
-    monkeypatch.setattr(train_sid_dit, "save_student", lambda run: None)
+    monkeypatch.setattr(train_sid_dit, "train", lambda run, stopped: None)
+    monkeypatch.setattr(train_sid_dit, "finish", lambda run: None)
     cache = {"conditioning_cache_dir": tmp_path / "cache"}
     run_here(*script_arguments(tmp_path / "first", **cache))
-    monkeypatch.setattr(train_sid_dit.Networks, "from_teacher", pytest.fail)
+    monkeypatch.setattr(Networks, "from_teacher", pytest.fail)
     with pytest.raises(
         UserError, match="cache is from another encoder, which differs in pipeline_kwargs: give anothe"
     ):
@@ -322,7 +326,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_one_sentence_before_any_work(case, tmp_path, monkeypatch):
     changes, sentence = REFUSED[case]
-    monkeypatch.setattr(train_sid_dit.Networks, "from_teacher", pytest.fail)
+    monkeypatch.setattr(Networks, "from_teacher", pytest.fail)
     with pytest.raises(UserError, match=sentence) as error:
         run_here(*script_arguments(tmp_path / "run", **changes()))
     assert "\n" not in str(error.value)
@@ -389,11 +393,11 @@ def test_a_teacher_that_changed_in_place_is_another_run(tmp_path):
 
 def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(train_sid_dit, "check_push", lambda repo_id, token=None: f"me/{repo_id}")
-    monkeypatch.setattr(train_sid_dit, "push_student", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(arguments, "check_push", lambda repo_id, token=None: f"me/{repo_id}")
+    monkeypatch.setattr(run_module, "push_student", lambda *args, **kwargs: calls.append((args, kwargs)))
     token = "hf_" + "abcdefgh" * 4
-    arguments = script_arguments(tmp_path / "run", max_train_images=4, hub_token=token, hub_model_id="small")
-    run_here(*arguments, "--push_to_hub", "--hub_private_repo")
+    words = script_arguments(tmp_path / "run", max_train_images=4, hub_token=token, hub_model_id="small")
+    run_here(*words, "--push_to_hub", "--hub_private_repo")
     assert calls == [((tmp_path / "run" / "student", "me/small"), {"token": token, "private": True})]
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert files and not [path for path in files if token.encode() in path.read_bytes()]

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from hf_flowdistill.methods.reference import measure_teacher
 from hf_flowdistill.training.monitors import (
     MetricsFile,
     average_metrics,
     drift,
-    measure_teacher,
     progress,
     tracker_config,
     training_facts,

@@ -3,7 +3,7 @@
 """The command `flowdistill`, and what every command line shares: files of arguments, bounds, how mistakes are told."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -167,6 +167,12 @@ def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:
             raise UserError(f"--{name} {otherwise}")
         if wanted and not given:
             setattr(args, name, default)
+
+
+def check_installed(library: str, argument: str, used: bool) -> None:
+    """Raise `UserError` if `argument` is `used` but the library that it needs is not installed."""
+    if used and importlib.util.find_spec(library) is None:
+        raise UserError(f"{argument} needs {library}, which is not installed: pip install {library}.")
 
 
 def check_output_dir(output_dir, argument: str = "--output_dir") -> None:

@@ -1,10 +1,12 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Arguments of a training's text-image pairs."""
+"""Arguments of a training's prompts, and of its text-image pairs."""
 
 from pathlib import Path
 
-from hf_flowdistill.cli import check_output_dir, fill_in
+from hf_flowdistill.cli import COUNT, check_output_dir, fill_in
+from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.prompts import CAPTION_COLUMN, read_dataset, read_prompts
 from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError
 
@@ -18,6 +20,46 @@ DEFAULTS = {  # here, since a run without images has none of them
     "images_per_part": None,
     "image_cache_dir": None,
 }
+
+
+def add_prompt_arguments(parser) -> None:
+    """Arguments of which prompts a training has, and of where their conditioning is kept."""
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt_file", metavar="FILE", help="training prompts: .txt with one per line, .jsonl or .csv")
+    add("--dataset_name", metavar="NAME", help="training prompts of a dataset instead: a folder or Hub id")
+    add("--dataset_config_name", metavar="NAME", help="configuration of the dataset, if it has several")
+    add("--caption_column", default=CAPTION_COLUMN, metavar="NAME", help="of the dataset, or of a .jsonl or .csv file")
+    add("--conditioning_cache_dir", metavar="DIR", help="encoded prompts; conditioning/ in --output_dir by default")
+    add("--negative_prompt", default="", metavar="TEXT", help="the unconditional half of guidance; empty by default")
+
+
+def check_prompt_arguments(args) -> None:
+    """Raise `UserError` unless there is one source of prompts, and a folder that can keep their conditioning."""
+    if bool(args.prompt_file) == bool(args.dataset_name):
+        raise UserError("the prompts are missing or given twice: use either --prompt_file or --dataset_name.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise UserError("--dataset_config_name is of a dataset: give --dataset_name too, or leave it out.")
+    _check_own_cache(args, "conditioning_cache_dir", "conditioning")
+
+
+def read_training_prompts(args, *, of_images: bool) -> list[str]:
+    """The prompts that the arguments name; where they are the captions of images, those for a dry run, or none yet."""
+    if of_images:
+        return [] if args.dry_run is None else _read_captions(args)
+    if args.dataset_name:
+        return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)
+    return read_prompts(args.prompt_file, args.caption_column)
+
+
+def _read_captions(args) -> list[str]:
+    """The captions of the pairs, for a dry run: streamed if that is possible, otherwise as the run will read them."""
+    settings = dataset_settings(args)
+    try:
+        return open_dataset(args.dataset_name, **{**settings, "streaming": True}).captions()
+    except UserError as error:
+        if args.streaming or error.__cause__ is None:  # it can be read, and what is wrong with it stays so
+            raise
+    return open_dataset(args.dataset_name, **settings).captions()
 
 
 def add_image_arguments(parser) -> None:
@@ -34,7 +76,7 @@ def add_image_arguments(parser) -> None:
     add("--random_flip", **flag, help="mirror every other image")
     add(
         "--images_per_part",
-        type=int,
+        type=COUNT,
         metavar="IMAGES",
         help="how many are encoded ahead and kept on the disk, by all processes together, with their captions: at "
         "least an update's; all by default",
@@ -54,9 +96,7 @@ def check_image_arguments(args) -> None:
         return
     if not args.dataset_name:
         raise UserError("--adversarial needs images with captions: name a text-image set with --dataset_name.")
-    if args.image_cache_dir:
-        check_output_dir(args.image_cache_dir, "--image_cache_dir")
-        check_cache_dir(args.image_cache_dir, "image", "--image_cache_dir")
+    _check_own_cache(args, "image_cache_dir", "image")
 
 
 def check_images_per_part(args, processes: int) -> None:
@@ -85,3 +125,10 @@ def dataset_settings(args) -> dict:
 def pair_settings(args) -> dict:
     """The arguments that `data.images.ImagePairs` takes by name."""
     return {name: getattr(args, name) for name in ("seed", "images_per_part", "center_crop", "random_flip")}
+
+
+def _check_own_cache(args, name: str, what: str) -> None:
+    folder = getattr(args, name)
+    if folder:
+        check_output_dir(folder, f"--{name}")
+        check_cache_dir(folder, what, f"--{name}")

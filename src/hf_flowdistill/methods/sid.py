@@ -2,16 +2,22 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Score identity distillation with long-and-short guidance: the two turns of SiD-DiT (Sec. 3)."""
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_flowdistill import flow
-from hf_flowdistill.flow.rollout import rollout
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.draws import draw_k
+from hf_flowdistill.flow.timesteps import sigma_from_normal
 from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss
+from hf_flowdistill.methods.method import Method, Samples, Update, generate_x0
+from hf_flowdistill.methods.reference import measure_teacher
 from hf_flowdistill.networks.roles import Networks
 
 
@@ -72,18 +78,6 @@ class SiDBatch:
     x0: Tensor | None = None
 
 
-def generate_x0(
-    generator, contract, conditional, noises, *, k=None, num_steps=4, noise_type="fresh", sigmas=None
-) -> Tensor:
-    """x0 of the unguided few-step generator at step k (None = the last), [B, ...]; gradient through step k only."""
-    conditional = conditional.with_embedded_guidance(1.0)
-
-    def velocity_fn(x_t, sigma):
-        return contract.velocity(generator, x_t, sigma, conditional)
-
-    return rollout(velocity_fn, noises, k=k, num_steps=num_steps, noise_type=noise_type, sigmas=sigmas)
-
-
 def generate(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> Tensor:
     """`generate_x0` of a batch."""
     return generate_x0(
@@ -125,21 +119,154 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     Gradient flows through x0 directly and through x_t into the inputs of the teacher and of the fake score, whose
     parameters the caller has frozen (`Networks.training("generator")`).
     """
+
+    def predict_fake(*guided):
+        return contract.guided_velocity(networks.fake_score, *guided), None
+
+    return distil(networks, contract, batch, config, predict_fake).sid
+
+
+class Distillation(NamedTuple):
+    """What `distil` has: `sid`, the loss and its metrics; the x0 of generator and teacher; what else the fake score
+    gave."""
+
+    sid: tuple[Tensor, dict[str, Tensor]]
+    x0: Tensor
+    x0_teacher: Tensor
+    features: Any
+
+
+def distil(networks: Networks, contract, batch: SiDBatch, config: SiDConfig, predict_fake: Callable) -> Distillation:
+    """Eq. 18 with a fake score that may give more than its velocity, from the same pass.
+
+    Args:
+        predict_fake: (x_t, sigma, conditional, unconditional, scale, mode) -> (velocity, whatever else).
+    """
     x0 = generate(networks, contract, batch, config)
     batch.x0 = x0.detach()
     x_t = flow.add_noise(x0, batch.noise, batch.sigma)
-
-    def predict_x0(network, scale, mode, rescale=0.0):
-        words = batch.conditional, batch.unconditional
-        velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, scale, mode, rescale)
-        return flow.x0_from_velocity(x_t, velocity, batch.sigma)
-
-    return sid_generator_loss(
+    seen = x_t, batch.sigma, batch.conditional, batch.unconditional
+    of_teacher = contract.guided_velocity(
+        networks.teacher, *seen, config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale
+    )
+    of_fake, features = predict_fake(*seen, config.fake_guidance_scale, config.fake_guidance_mode)
+    x0_teacher, x0_fake = (flow.x0_from_velocity(x_t, velocity, batch.sigma) for velocity in (of_teacher, of_fake))
+    loss = sid_generator_loss(
         x0,
-        predict_x0(networks.teacher, config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale),
-        predict_x0(networks.fake_score, config.fake_guidance_scale, config.fake_guidance_mode),
+        x0_teacher,
+        x0_fake,
         batch.sigma,
         alpha=config.alpha,
         weighting=config.weighting,
         scale=config.loss_scale,
     )
+    return Distillation(loss, x0, x0_teacher, features)
+
+
+class SiD(Method):
+    """SiD-DiT's data-free stage: the fake score's turn, then the generator's."""
+
+    progress = (
+        "gap {x0_gap:.4f}",
+        "latent {x0_mean:+.3f}/{x0_std:.3f} (teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f})",
+        "lag {fake_score_lag:.2f}",
+        "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}",
+    )
+    kind = SiDConfig
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.config = self.kind(**{field.name: getattr(args, field.name) for field in fields(self.kind)})
+
+    def settle(self, pipeline, contract) -> None:
+        if self.args.sigmas and "sigmas" not in inspect.signature(pipeline.__call__).parameters:
+            raise UserError(
+                f"{contract.pipeline_class} takes no sigmas in its call, so a student of it could not be given them: "
+                "leave out --sigmas."
+            )
+        teacher, fake = choose_guidance(contract, self.args.guidance_mode, self.args.fake_guidance_mode)
+        self.config = replace(self.config, guidance_mode=teacher, fake_guidance_mode=fake)
+
+    @property
+    def used(self) -> dict:
+        return asdict(self.config)
+
+    def measure(self, networks: Networks, samples: Samples) -> dict[str, float]:
+        """The teacher's own latents, and its own loss on them: see `measure_teacher`."""
+        config, levels = self.config, range(8)
+        velocity = functools.partial(samples.size.contract.guided_velocity, networks.teacher)
+        return measure_teacher(
+            functools.partial(velocity, scale=config.teacher_guidance_scale, mode=config.guidance_mode),
+            functools.partial(velocity, scale=config.fake_train_guidance_scale, mode=config.fake_guidance_mode),
+            samples.noise("reference"),
+            [self.draw_sigma(samples, f"reference sigma {i}") for i in levels],
+            [samples.noise(f"reference noise {i}") for i in levels],
+            samples.conditional("reference"),
+            samples.size.unconditional,
+            batch_size=self.args.train_batch_size,
+        )
+
+    def update(self, step: int, images_seen: int) -> Update:
+        args = self.args
+        k = draw_k(
+            args.seed, step, args.num_steps, shares=args.step_shares, progress=images_seen / args.max_train_images
+        )
+        early = images_seen < args.sigmas_start_images
+        config = replace(self.config, sigmas=None if early else args.sigmas)
+        turns, made = self.turns(images_seen), []
+        if args.share_rollout:
+            turns = dict(reversed(turns.items()))
+            if "generator" in turns:
+                turns["generator"] = _keeping_x0(turns["generator"], made)
+        return Update(turns, functools.partial(self.draw, k, made), config, {"k": k})
+
+    def turns(self, images_seen: int) -> dict[str, Callable]:
+        """Name of the network -> its turn, for those that have one after `images_seen` images."""
+        return {"fake_score": fake_score_turn, "generator": generator_turn}
+
+    def draw(self, k: int, made: list[Tensor], turn: str, samples: Samples) -> SiDBatch:
+        """The batch of a turn; `made` has what the generator has made of this update's micro-batches so far."""
+        return SiDBatch(
+            conditional=self.conditional(turn, samples),
+            unconditional=samples.size.unconditional,
+            k=k,
+            noises=lambda i: samples.noise(f"{turn} step {i}"),
+            sigma=self.draw_sigma(samples, f"{turn} sigma"),
+            noise=samples.noise(f"{turn} noise"),
+            x0=made[samples.number] if made and turn == "fake_score" else None,
+        )
+
+    def conditional(self, turn: str, samples: Samples):
+        return samples.conditional("generator" if self.args.share_rollout else turn)
+
+    def draw_sigma(self, samples: Samples, purpose: str) -> Tensor:
+        """Noise levels of the loss, [B], of p(sigma)."""
+        return sigma_from_normal(samples.numbers(purpose), self.args.sigma_mean, self.args.sigma_std)
+
+
+def _keeping_x0(turn: Callable, made: list[Tensor]) -> Callable:
+    """`turn`, that also leaves what the generator has made in `made`."""
+
+    def kept(networks, contract, batch, config):
+        result = turn(networks, contract, batch, config)
+        made.append(batch.x0)
+        return result
+
+    return kept
+
+
+def choose_guidance(contract, teacher: str | None, fake: str | None) -> tuple[str, str]:
+    """The modes of guidance of teacher and fake score, as given or, for None, this kind of teacher's default.
+
+    Raises:
+        UserError: this kind of teacher has no such mode.
+    """
+    modes = contract.guidance_modes or ("cfg",)
+    teacher = teacher or modes[0]
+    fake = fake or teacher
+    for mode in (teacher, fake):
+        if mode not in modes:
+            raise UserError(
+                f"{contract.pipeline_class} cannot be guided by {mode}: the mode must be {' or '.join(modes)}."
+            )
+    return teacher, fake

@@ -7,9 +7,11 @@ the captions that they came with; the generator's with theirs, by the conditiona
 loss makes anyway.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +19,16 @@ from torch import Tensor
 from hf_flowdistill import flow
 from hf_flowdistill.flow.weighting import get_weighting
 from hf_flowdistill.losses.adversarial import adversarial_generator_loss, discriminator_loss
-from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss, x0_statistics
+from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 from hf_flowdistill.methods import sid
-from hf_flowdistill.networks.features import guided_velocity_and_features, velocity_and_features
+from hf_flowdistill.methods.method import Samples
+from hf_flowdistill.networks.features import find_projection, guided_velocity_and_features, velocity_and_features
 from hf_flowdistill.networks.roles import Networks
+
+
+logger = logging.getLogger(__name__)
+
+MEASURED_UPDATES = 25  # in one of so many the two terms of an adversarial generator loss are told apart
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,6 @@ class AdversarialBatch(sid.SiDBatch):
 
     real: Tensor | None = None
     measured: bool = False
-
-
-def adversarial_turns(config: AdversarialConfig, images_seen: int) -> dict[str, Callable]:
-    """Name of the network -> its turn, for those that have one after `images_seen` images."""
-    if images_seen < config.discriminator_warmup_images:
-        return {"fake_score": fake_score_turn}
-    alone = images_seen < config.adversarial_start_images
-    return {"fake_score": fake_score_turn, "generator": sid.generator_turn if alone else generator_turn}
 
 
 def fake_score_turn(networks: Networks, contract, batch: AdversarialBatch, config: AdversarialConfig):
@@ -98,44 +98,63 @@ def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config
     of the gradients a and s of the two terms with respect to x0. That takes two more backward passes through the fake
     score and one through the teacher.
     """
-    x0 = sid.generate(networks, contract, batch, config)
-    batch.x0 = x0.detach()
-    x_t = flow.add_noise(x0, batch.noise, batch.sigma)
-    words = batch.conditional, batch.unconditional
-    of_teacher = contract.guided_velocity(
-        networks.teacher,
-        x_t,
-        batch.sigma,
-        *words,
-        config.teacher_guidance_scale,
-        config.guidance_mode,
-        config.guidance_rescale,
+    predict_fake = functools.partial(
+        guided_velocity_and_features, networks.fake_score, contract, config.discriminator_features
     )
-    of_fake, logits = guided_velocity_and_features(
-        networks.fake_score,
-        contract,
-        config.discriminator_features,
-        x_t,
-        batch.sigma,
-        *words,
-        config.fake_guidance_scale,
-        config.fake_guidance_mode,
-    )
-    x0_teacher, x0_fake = (flow.x0_from_velocity(x_t, velocity, batch.sigma) for velocity in (of_teacher, of_fake))
-    distillation, metrics = sid_generator_loss(
-        x0,
-        x0_teacher,
-        x0_fake,
-        batch.sigma,
-        alpha=config.alpha,
-        weighting=config.weighting,
-        scale=config.loss_scale,
-    )
-    weight = get_weighting(config.weighting)(batch.sigma, x0.detach(), x0_teacher.detach())
-    adversarial = adversarial_generator_loss(logits, weight, elements=math.prod(contract.latent_shape))
+    made = sid.distil(networks, contract, batch, config, predict_fake)
+    distillation, metrics = made.sid
+    weight = get_weighting(config.weighting)(batch.sigma, made.x0.detach(), made.x0_teacher.detach())
+    adversarial = adversarial_generator_loss(made.features, weight, elements=math.prod(contract.latent_shape))
     terms = (1 - config.adversarial_weight) * distillation, config.adversarial_weight * adversarial
     if batch.measured:
-        gradients = [torch.autograd.grad(term, x0, retain_graph=True)[0].flatten(1) for term in terms]
+        gradients = [torch.autograd.grad(term, made.x0, retain_graph=True)[0].flatten(1) for term in terms]
         norms = [gradient.float().norm(dim=1) for gradient in gradients]
         metrics["adversarial_share"] = (norms[1] / (norms[0] + norms[1])).mean()
     return sum(terms), {**metrics, "adversarial_loss": adversarial.detach()}
+
+
+def adversarial_turns(config: AdversarialConfig, images_seen: int) -> dict[str, Callable]:
+    """Name of the network -> its turn, for those that have one after `images_seen` images."""
+    if images_seen < config.discriminator_warmup_images:
+        return {"fake_score": fake_score_turn}
+    alone = images_seen < config.adversarial_start_images
+    return {"fake_score": fake_score_turn, "generator": sid.generator_turn if alone else generator_turn}
+
+
+class SiDAdversarial(sid.SiD):
+    """SiD-DiT's data-aided stage, whose prompts are the captions of images."""
+
+    takes_images = True
+    progress = (
+        *sid.SiD.progress,
+        "told real {real_accuracy:.0%} fake {fake_accuracy:.0%}",
+        "adversarial {adversarial_share:.0%}",
+    )
+    kind = AdversarialConfig
+
+    def settle(self, pipeline, contract) -> None:
+        super().settle(pipeline, contract)
+        found = find_projection(pipeline, contract, self.args.discriminator_features)
+        self.config = replace(self.config, discriminator_features=found)
+        logger.info(f"the discriminator's features are the input of {found}")
+
+    def turns(self, images_seen: int) -> dict[str, Callable]:
+        return adversarial_turns(self.config, images_seen)
+
+    def draw(self, k, made, turn: str, samples: Samples) -> AdversarialBatch:
+        judges = turn == "fake_score"
+        since_start = (samples.images_seen - self.args.adversarial_start_images) // samples.images_per_update
+        return AdversarialBatch(
+            **vars(super().draw(k, made, turn, samples)),
+            real=samples.pairs.latents(self.images(samples)).to(samples.device) if judges else None,
+            measured=since_start % MEASURED_UPDATES == 0,
+        )
+
+    def conditional(self, turn: str, samples: Samples):
+        """That of the images' captions, where there are images."""
+        if turn == "fake_score" or self.args.share_rollout:
+            return samples.rows(samples.prompts.row_of[self.images(samples)])
+        return super().conditional(turn, samples)
+
+    def images(self, samples: Samples) -> Tensor:
+        return samples.pairs.rows(samples.positions)

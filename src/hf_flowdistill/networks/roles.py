@@ -4,7 +4,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,7 @@ def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 NETWORKS = ("full", "lora_fake", "lora")
 ROLES = ("teacher", "generator", "fake_score")
+TRAINED = ROLES[1:]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class RoleSettings:
     lora_layers: str | None = None
     base_quantization: str = "none"
 
+    @property
+    def alpha(self) -> float:
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
     def layers(self, transformer: torch.nn.Module) -> list[str]:
         """Full names of what gets adapters, as `linear_layers`; nothing with three networks."""
         return [] if self.networks == "full" else linear_layers(transformer, self.lora_layers)
@@ -87,8 +92,7 @@ class RoleSettings:
             quantize(teacher, quantized, self.base_quantization, device)
         if device is not None:
             teacher.to(device)
-        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
-        return SharedBase(teacher, targets, rank=self.rank, alpha=alpha, seed=seed, quantized=quantized)
+        return SharedBase(teacher, targets, rank=self.rank, alpha=self.alpha, seed=seed, quantized=quantized)
 
 
 FULL = RoleSettings()
@@ -103,12 +107,12 @@ class Networks:
     Attributes:
         teacher: frozen; gradient passes through it to its input, never into its parameters.
         generator: the student.
-        fake_score: follows the distribution of what the generator makes.
+        fake_score: follows the distribution of what the generator makes; None for a method that has none.
     """
 
     teacher: torch.nn.Module
     generator: torch.nn.Module
-    fake_score: torch.nn.Module
+    fake_score: torch.nn.Module | None
 
     @classmethod
     def from_teacher(
@@ -118,6 +122,7 @@ class Networks:
         roles: RoleSettings = FULL,
         *,
         copy: Callable[[torch.nn.Module, torch.dtype], torch.nn.Module] = plain_copy,
+        trains: Collection[str] = TRAINED,
         seed: int = 0,
         device=None,
     ) -> "Networks":
@@ -129,6 +134,7 @@ class Networks:
 
         Args:
             copy: makes what is trained whole, e.g. `Sharding.copy`.
+            trains: names of those of generator and fake score that there are; the generator is always one.
             seed: of the adapters.
             device: where all of them are to be; by default where the teacher is. Of one that is quantized, no more
                 than a layer is there as it was.
@@ -140,22 +146,25 @@ class Networks:
         if device is not None and roles.networks != "lora":
             teacher.to(device)
         if roles.networks == "full":
-            return cls(teacher, *(copy(teacher, dtype).requires_grad_(True) for _ in range(2)))
+            whole = (copy(teacher, dtype).requires_grad_(True) if name in trains else None for name in TRAINED)
+            return cls(teacher, *whole)
         generator = copy(teacher, dtype).requires_grad_(True) if roles.networks == "lora_fake" else None
         shared = roles.share(teacher, seed=seed, device=device)
-        return cls(Role(shared), generator or shared.add("generator"), shared.add("fake_score"))
+        generator = generator or shared.add("generator")
+        return cls(Role(shared), generator, shared.add("fake_score") if "fake_score" in trains else None)
 
     def trained(self) -> dict[str, torch.nn.Module]:
         """What a checkpoint has to hold, by name: networks, or adapters, each with exactly what is trained of it."""
-        return {"generator": self.generator, "fake_score": self.fake_score}
+        return {name: getattr(self, name) for name in TRAINED if getattr(self, name) is not None}
 
     def enable_gradient_checkpointing(self, names: Iterable[str] = ROLES) -> None:
         """Recompute activations in the backward pass, in the networks called `names`.
 
-        By default in all three: gradient also passes through the frozen ones.
+        By default in all: gradient also passes through the frozen ones.
         """
         for name in names:
-            getattr(self, name).enable_gradient_checkpointing()
+            if getattr(self, name) is not None:
+                getattr(self, name).enable_gradient_checkpointing()
 
     @contextlib.contextmanager
     def training(self, name: str):
@@ -167,7 +176,7 @@ class Networks:
         Raises:
             RuntimeError: from such a backward pass.
         """
-        other = {"generator": self.fake_score, "fake_score": self.generator}[name]
+        others = [network for other, network in self.trained().items() if other != name]
         over = False
 
         def check(gradient):
@@ -182,13 +191,15 @@ class Networks:
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(check)
 
-        networks = (self.teacher, self.generator, self.fake_score)
+        networks = (self.teacher, *self.trained().values())
         hooks = [network.register_forward_hook(guard) for network in networks]
-        other.requires_grad_(False)
+        for other in others:
+            other.requires_grad_(False)
         try:
             yield getattr(self, name)
         finally:
             over = True
-            other.requires_grad_(True)
+            for other in others:
+                other.requires_grad_(True)
             for hook in hooks:
                 hook.remove()

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 
 from hf_flowdistill.data.files import replace_text
-from hf_flowdistill.flow import add_noise
-from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 
@@ -49,36 +47,6 @@ def average_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, f
     return means
 
 
-@torch.no_grad()
-def measure_teacher(sample, regress, noise, sigmas, noises, conditional, unconditional, *, batch_size, num_steps=20):
-    """What the generator is shown beside: statistics of latents that the teacher makes itself, and its loss on them.
-
-    Args:
-        sample: `sample(x_t=, sigma=, conditional=, unconditional=)`, the velocity that is integrated from `noise` at
-            sigma 1 to 0 in `num_steps` equal Euler steps.
-        regress: the same signature, the velocity whose regression error is taken on the finished latents.
-        noise: [B, ...], the latents at sigma 1.
-        sigmas: tensors [B] in (0, 1), the noise levels of that error, with `noises`, tensors [B, ...].
-        batch_size: how many samples go through the network at a time.
-
-    Returns:
-        "teacher_latent_mean", "_std" and "_peak" (of `x0_statistics`), and "teacher_error", the mean of
-        `fake_score_loss`'s "fake_score_error".
-    """
-    latents, errors = [], []
-    for rows in torch.arange(len(noise)).split(batch_size):
-        there, words = rows.to(noise.device), {"conditional": conditional[rows], "unconditional": unconditional}
-        x_t = noise[there]
-        for i in range(num_steps):
-            x_t = x_t - sample(x_t=x_t, sigma=x_t.new_full((len(rows),), 1 - i / num_steps), **words) / num_steps
-        latents.append(x_t)
-        for sigma, eps in zip(sigmas, noises):
-            velocity = regress(x_t=add_noise(x_t, eps[there], sigma[there]), sigma=sigma[there], **words)
-            errors.append(fake_score_loss(velocity, x_t, eps[there])[1]["fake_score_error"] * len(rows))
-    statistics = {f"teacher_latent_{name}": value.item() for name, value in x0_statistics(torch.cat(latents)).items()}
-    return statistics | {"teacher_error": torch.stack(errors).sum().item() / (len(noise) * len(sigmas))}
-
-
 def drift(record: dict) -> dict[str, float]:
     """How far the generator's latents and the fake score are from the teacher's, from the record of one update.
 
@@ -86,17 +54,20 @@ def drift(record: dict) -> dict[str, float]:
     "latent_peak" are ratios of standard deviations and of peaks, 1 for a perfect student; "fake_score_lag" is the fake
     score's loss on the generator's samples over the teacher's own on its samples: it grows when the generator outruns
     the fake score. Where the adversarial term has begun, "told_apart" is the share of logits on the right side, of
-    real or of fake images, whichever is less: near 1 the discriminator has won.
+    real or of fake images, whichever is less: near 1 the discriminator has won. What a record lacks the figures for is
+    left out.
     """
-    teacher = {name: record[f"teacher_latent_{name}"] for name in ("mean", "std", "peak")}
-    won = {"told_apart": min(record["real_accuracy"], record["fake_accuracy"])} if "adversarial_loss" in record else {}
-    return {
-        "latent_shift": (record["x0_mean"] - teacher["mean"]) / teacher["std"],
-        "latent_spread": record["x0_std"] / teacher["std"],
-        "latent_peak": record["x0_peak"] / teacher["peak"],
-        "fake_score_lag": record["fake_score_error"] / record["teacher_error"],
-        **won,
-    }
+    found = {}
+    if {"x0_mean", "teacher_latent_mean"} <= record.keys():
+        teacher = {name: record[f"teacher_latent_{name}"] for name in ("mean", "std", "peak")}
+        found["latent_shift"] = (record["x0_mean"] - teacher["mean"]) / teacher["std"]
+        found["latent_spread"] = record["x0_std"] / teacher["std"]
+        found["latent_peak"] = record["x0_peak"] / teacher["peak"]
+    if {"fake_score_error", "teacher_error"} <= record.keys():
+        found["fake_score_lag"] = record["fake_score_error"] / record["teacher_error"]
+    if "adversarial_loss" in record:
+        found["told_apart"] = min(record["real_accuracy"], record["fake_accuracy"])
+    return found
 
 
 def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:

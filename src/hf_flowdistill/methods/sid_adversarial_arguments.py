@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of the adversarial stage, and of the student that it goes on with."""
 
-from hf_flowdistill.cli import fill_in
+from hf_flowdistill.cli import NATURAL, NOT_NEGATIVE, SHARE, fill_in
 from hf_flowdistill.errors import UserError
 
 
@@ -36,25 +36,25 @@ def add_adversarial_arguments(parser) -> None:
     )
     add(
         "--discriminator_warmup_images",
-        type=int,
+        type=NATURAL,
         metavar="IMAGES",
         help="the student rests before, while the features learn to tell images apart (default: 20000)",
     )
     add(
         "--adversarial_start_images",
-        type=int,
+        type=NATURAL,
         metavar="IMAGES",
         help="the student is trained by distillation alone before (default: 40000)",
     )
     add(
         "--discriminator_weight",
-        type=float,
+        type=NOT_NEGATIVE,
         metavar="X",
         help="of telling images apart in the fake score's loss, beside its regression, which has 1 (default: 1)",
     )
     add(
         "--adversarial_weight",
-        type=float,
+        type=SHARE,
         metavar="X",
         help="of the adversarial term of the student's loss, 0 to 1; distillation has the rest (default: 0.5)",
     )
@@ -77,8 +77,6 @@ def check_adversarial_arguments(args) -> None:
         )
     if args.aspect_ratio_buckets:
         raise UserError("--adversarial has images of one size: give --resolution instead of --aspect_ratio_buckets.")
-    if not 0 <= args.adversarial_weight <= 1:
-        raise UserError(f"--adversarial_weight is {args.adversarial_weight}: it must be a number from 0 to 1.")
     if args.adversarial_start_images < args.discriminator_warmup_images:
         raise UserError(
             f"--adversarial_start_images is {args.adversarial_start_images}: it must be at least "

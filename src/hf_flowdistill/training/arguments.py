@@ -1,0 +1,249 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Arguments that every method's script has: of the teacher, of the optimization, of the output, of a dry run."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+from accelerate.tracking import get_available_trackers
+
+from hf_flowdistill.cli import (
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    check_installed,
+    check_output_dir,
+    image_sizes,
+    json_object,
+)
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.hub.push import check_push
+from hf_flowdistill.networks.roles import ROLES
+from hf_flowdistill.training.optimizers import LR_SCHEDULES, ROUNDINGS
+from hf_flowdistill.training.sharding import SHARDINGS
+
+
+# What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
+FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset_config_name caption_column
+conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
+gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
+validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
+hub_private_repo resolution dry_run images_per_second image_cache_dir streaming""".split()
+
+
+def add_teacher_arguments(parser) -> None:
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained_model_name_or_path", metavar="PATH", help="the teacher: a diffusers folder or Hub id")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
+    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+    add("--resolution", type=COUNT, default=1024, metavar="PIXELS", help="height and width of the images")
+    add("--height", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
+    add("--width", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
+    add(
+        "--aspect_ratio_buckets",
+        type=image_sizes,
+        metavar="H,W;H,W",
+        help="several sizes instead of --resolution, one for each update; the first is the student's default",
+    )
+    add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
+    add(
+        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
+    )
+
+
+def add_optimization_arguments(parser) -> None:
+    add = parser.add_argument_group(
+        "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
+    ).add_argument
+    add("--max_train_images", type=COUNT, default=1_000_000, metavar="IMAGES", help="length of the training")
+    add("--train_batch_size", type=COUNT, default=2, metavar="IMAGES", help="per process and micro-batch")
+    add("--gradient_accumulation_steps", type=COUNT, default=16, metavar="N", help="micro-batches per update")
+    add("--learning_rate", type=POSITIVE, default=1e-6, metavar="X", help="of the generator")
+    add("--fake_score_learning_rate", type=POSITIVE, metavar="X", help="of the fake score; as the generator's")
+    add("--lr_scheduler", choices=LR_SCHEDULES, default="constant", help="of both; cosine and linear end at 0")
+    add("--lr_warmup_images", type=NATURAL, default=0, metavar="IMAGES", help="linear warm-up")
+    add("--adam_beta1", type=DECAY, default=0.0, metavar="X", help="decay of the mean gradient")
+    add("--adam_beta2", type=DECAY, default=0.999, metavar="X", help="decay of the mean squared gradient")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, metavar="X", help="added to the root of the latter")
+    add("--use_8bit_adam", action="store_true", help="Adam's moments in 8 bits, by bitsandbytes")
+    add(
+        "--bf16_rounding",
+        choices=ROUNDINGS,
+        help="of updates of bfloat16 weights: stochastic, the default, keeps the smallest on average, from float32 "
+        "moments; nearest is the paper's BF16, moments too, and loses those below 1/512 of their weight",
+    )
+    add("--max_grad_norm", type=POSITIVE, metavar="X", help="clip gradients to this norm; off by default")
+    add(
+        "--ema_half_life_images",
+        type=NATURAL,
+        default=500_000,
+        metavar="IMAGES",
+        help="of the exported average; 0 = off",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of all randomness")
+    add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
+    add(
+        "--gradient_checkpointing",
+        nargs="*",
+        choices=ROLES,
+        default=False,
+        metavar="NETWORK",
+        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three",
+    )
+    add(
+        "--sharding",
+        choices=SHARDINGS,
+        default="none",
+        help="none: every process holds the networks whole; full: in shards over all processes (FSDP2); hybrid: over "
+        "those of one machine",
+    )
+    add("--cpu_offload", action="store_true", help="sharded: generator, fake score and Adam wait in main memory")
+
+
+def add_output_arguments(parser, name: str) -> None:
+    """`name` is the default of the folder and of the tracker's project."""
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default=name, metavar="DIR", help="gets checkpoints, metrics.jsonl and student/")
+    add(
+        "--checkpointing_images",
+        type=NATURAL,
+        default=50_000,
+        metavar="IMAGES",
+        help="interval of checkpoints; 0 = none",
+    )
+    add("--checkpoints_total_limit", type=COUNT, metavar="N", help="how many checkpoints are kept; all by default")
+    add("--resume_from_checkpoint", metavar="PATH", help="'latest' or a checkpoint; goes on bit for bit (on the CPU)")
+    add("--validation_prompts", nargs="+", default=[], metavar="TEXT", help="prompts of the sample sheets")
+    add("--validation_images", type=COUNT, default=25_000, metavar="IMAGES", help="interval of sample sheets")
+    add("--num_validation_images", type=COUNT, default=4, metavar="N", help="samples per validation prompt")
+    add("--report_to", default="tensorboard", metavar="NAME", help="tensorboard, wandb, comet_ml, ..., all or none")
+    add("--logging_dir", default="logs", metavar="DIR", help="of the tracker, inside --output_dir")
+    add("--tracker_project_name", default=name, metavar="NAME", help="name of the tracker's project")
+    add("--push_to_hub", action="store_true", help="upload the student at the end")
+    add("--hub_model_id", metavar="ID", help="repository to upload to; by default named after --output_dir")
+    add(
+        "--hub_token", metavar="TOKEN", help="token to upload with; `hf auth login` or HF_TOKEN keep it off the screen"
+    )
+    add("--hub_private_repo", action="store_true", help="create the repository as private")
+
+
+def add_plan_arguments(parser) -> None:
+    add = parser.add_argument_group("plan").add_argument
+    add(
+        "--dry_run",
+        nargs="?",
+        type=NATURAL,
+        const=0,
+        metavar="PROCESSES",
+        help="read configurations only, print what would run and stop; on as many processes as launched, or as given",
+    )
+    add(
+        "--images_per_second",
+        type=POSITIVE,
+        metavar="X",
+        help="of all processes together, to tell the time of a --dry_run",
+    )
+
+
+def check_teacher_arguments(args) -> None:
+    """Fill in the defaults of `add_teacher_arguments` that depend on others, in place.
+
+    Raises:
+        UserError: the teacher is missing, or the size of the images is given twice.
+    """
+    if not args.pretrained_model_name_or_path:
+        raise UserError("--pretrained_model_name_or_path is missing.")
+    height, width = (args.aspect_ratio_buckets or [(args.resolution, args.resolution)])[0]
+    args.height, args.width = args.height or height, args.width or width
+    if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
+        raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
+    if args.max_sequence_length is not None:
+        args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
+
+
+def image_sizes_of(args) -> list[tuple[int, int]]:
+    """(height, width) of every size that is trained; the first is the student's."""
+    return args.aspect_ratio_buckets or [(args.height, args.width)]
+
+
+def origin_of(args) -> dict:
+    """Where the teacher's files are, as diffusers takes it."""
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def check_optimization_arguments(args) -> None:
+    """Fill in the defaults of `add_optimization_arguments` that depend on others, in place.
+
+    Raises:
+        UserError: for arguments that are sane by themselves but not together, or need what is not installed.
+    """
+    if args.gradient_checkpointing == []:
+        args.gradient_checkpointing = list(ROLES)
+    if args.fake_score_learning_rate is None:
+        args.fake_score_learning_rate = args.learning_rate
+    rounds = args.weight_dtype == "bfloat16" and args.networks != "lora"
+    if args.bf16_rounding is not None and not rounds:
+        raise UserError(
+            "--bf16_rounding is of bfloat16 weights that are trained, and LoRAs are float32: choose --weight_dtype "
+            "bfloat16 and --networks full or lora_fake, or leave it out."
+        )
+    if rounds and args.bf16_rounding is None:
+        args.bf16_rounding = ROUNDINGS[0]
+    check_installed("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam)
+    if args.cpu_offload and args.sharding == "none":
+        raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
+    if args.cpu_offload and args.networks == "lora":
+        raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
+    if args.sharding != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
+        raise UserError(
+            "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
+        )
+
+
+def check_output_arguments(args) -> None:
+    """Refuse an output folder, a tracker or a repository that could not be written to; fill in the latter's name.
+
+    Raises:
+        UserError: with the argument that is to be changed.
+    """
+    if args.images_per_second is not None and args.dry_run is None:
+        raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
+    check_output_dir(args.output_dir)
+    if args.report_to not in ("none", "tensorboard") and args.hub_token:
+        raise UserError(f"--hub_token could be stored with the run by {args.report_to}: use `hf auth login` instead.")
+    trackers = ["all", "none", *map(str, get_available_trackers())]
+    if args.report_to not in trackers:
+        raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
+    if args.push_to_hub:
+        args.hub_model_id = check_push(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
+
+
+def run_settings(args, prompts: list[str], accelerator, *, of_images: bool) -> dict:
+    """What a checkpoint records of its run, to refuse going on with another.
+
+    Args:
+        of_images: the prompts are the captions of images, which are read later.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    for name in ("pretrained_model_name_or_path", "student_model_name_or_path"):
+        if settings.get(name) and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    if of_images:
+        settings["prompts"] = [args.dataset_name, args.dataset_config_name, args.caption_column]
+    settings["images_per_update"] = math.prod(
+        (args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes)
+    )
+    settings["mixed_precision"] = accelerator.mixed_precision
+    if length_counts(args):
+        settings["max_train_images"] = args.max_train_images
+    return json.loads(json.dumps(settings))
+
+
+def length_counts(args) -> bool:
+    """Whether what is computed depends on --max_train_images, which then cannot change on resume."""
+    return args.lr_scheduler != "constant" or bool(getattr(args, "step_shares", None))

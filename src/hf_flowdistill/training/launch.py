@@ -1,0 +1,108 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The first minute of a training: the processes, the log, and which run this is, all before any long work."""
+
+import logging
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
+from hf_flowdistill.cli import silence_libraries
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.hub.export import check_export_dir
+from hf_flowdistill.training import checkpointing
+from hf_flowdistill.training.arguments import origin_of, run_settings
+from hf_flowdistill.training.distributed import check_accelerator, check_world_size
+from hf_flowdistill.training.initial_weights import check_student
+from hf_flowdistill.training.sharding import process_group_backend
+
+
+def launch(args) -> Accelerator:
+    """The processes of this training, as they were launched; the log is the main process's.
+
+    Raises:
+        UserError: this launch would not compute rightly.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        # the others wait while the main process writes a checkpoint, which can take longer than the default allows
+        kwargs_handlers=[
+            InitProcessGroupKwargs(process_group_backend(args.cpu_offload), timeout=timedelta(hours=2)),
+            # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
+            AutocastKwargs(cache_enabled=args.sharding == "none"),
+        ],
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.getLogger("hf_flowdistill").setLevel(level)
+    silence_libraries()
+    if args.weight_dtype != "float32" and accelerator.mixed_precision != "no":
+        raise UserError(
+            f"--weight_dtype {args.weight_dtype} goes without autocast: launch without --mixed_precision, or with no."
+        )
+    check_world_size(accelerator.num_processes)
+    check_accelerator(accelerator)
+    return accelerator
+
+
+@dataclass
+class Identity:
+    """Which run this is, and what the output folder says that it must be.
+
+    Attributes:
+        settings: what this run computes with.
+        recorded: the settings of the run in the output folder, and of the checkpoint that it goes on from.
+        checkpoint: where it goes on, or None.
+    """
+
+    settings: dict
+    recorded: list[dict] = field(default_factory=list)
+    checkpoint: Path | None = None
+
+    def check(self, **more) -> None:
+        """Add to the settings, and refuse to go on with a run of others.
+
+        Raises:
+            UserError: naming every setting that differs, with both values.
+        """
+        self.settings |= more
+        for earlier in self.recorded:
+            checkpointing.check_same_run(earlier, self.settings)
+
+
+def identify(args, method, accelerator, prompts: list[str]) -> Identity:
+    """Which run this is, once it is sure that the output folder is its own; nothing is written or changed yet.
+
+    Raises:
+        UserError: the folder is another run's, or the student that is to be gone on with is not this teacher's.
+    """
+    identity = Identity(run_settings(args, prompts, accelerator, of_images=method.takes_images))
+    identity.recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
+    identity.check()
+    check_export_dir(Path(args.output_dir, "student"))
+    student = getattr(args, "student_model_name_or_path", None)
+    check_student(student, args.pretrained_model_name_or_path, **origin_of(args))
+    return identity
+
+
+def find_checkpoint(args, accelerator, identity: Identity) -> None:
+    """Find where the run goes on, and clear what a crash left unfinished.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or of another run.
+    """
+    accelerator.wait_for_everyone()  # everyone has looked at the output folder before anyone writes there
+    if accelerator.is_main_process:
+        checkpointing.remove_unfinished(args.output_dir)
+    accelerator.wait_for_everyone()
+    identity.checkpoint = checkpointing.find_resume(args.output_dir, args.resume_from_checkpoint)
+    if identity.checkpoint is not None:
+        identity.recorded.append(checkpointing.read_state(identity.checkpoint)["settings"])
+        identity.check()

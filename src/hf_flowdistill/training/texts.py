@@ -1,0 +1,125 @@
+# Copyright 2026 The hf_flowdistill authors.
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The prompts of a training and what its networks are fed for them: encoded before it, or part by part with images."""
+
+import functools
+import logging
+from pathlib import Path
+
+from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings
+from hf_flowdistill.data.cache import cached_conditioning, encoder_key
+from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.images import ImagePairs
+from hf_flowdistill.data.prompts import PromptStream
+from hf_flowdistill.methods.method import Size
+from hf_flowdistill.networks.placement import move_all_but_transformer, place_text_encoders
+from hf_flowdistill.teachers import encode_batch, encode_unconditional, first_alike
+from hf_flowdistill.teachers.encode import learn_image_encoder
+from hf_flowdistill.training.teacher import Teacher
+
+
+logger = logging.getLogger(__name__)
+
+
+class Texts:
+    """Prompts, and their conditioning at every image size.
+
+    Attributes:
+        prompts: which sample has which.
+        sizes: one for each of the teacher's contracts.
+        pairs: the text-image pairs, whose captions the prompts then are, or None.
+    """
+
+    def __init__(self, args, accelerator, teacher: Teacher, pairs: ImagePairs | None = None):
+        """Nothing is encoded yet; `take` comes first."""
+        self.pairs = pairs
+        self.prompts: PromptStream | None = None
+        self.sizes: list[Size] = []
+        self._args, self._accelerator, self._teacher = args, accelerator, teacher
+
+    @property
+    def state(self) -> dict:
+        """What a checkpoint has to keep."""
+        return {} if self.pairs is None else {"images": self.pairs.state}
+
+    def take(self, prompts: list[str], images_seen: int) -> None:
+        """Encode `prompts`, or the pairs that follow `images_seen` images and their captions; all processes together.
+
+        The text encoders and the VAE are on the device meanwhile.
+        """
+        pipeline, device = self._teacher.pipeline, self._accelerator.device
+        if self.pairs is not None:
+            pipeline.vae.to(device)
+            self.pairs.move_to(images_seen)
+            prompts = self.pairs.captions
+        self.prompts = PromptStream(prompts, self._args.seed)
+        place_text_encoders(pipeline, device)
+        self.sizes = self._encode_sizes()
+        kept = self.pairs is not None or self._accelerator.is_main_process  # to decode samples, or for the next pairs
+        move_all_but_transformer(pipeline, "cpu" if kept else "meta")
+
+    def follow(self, images_seen: int) -> None:
+        """Go on with the next pairs where those at hand are over."""
+        if self.pairs is not None and self.pairs.is_over(images_seen):
+            self.take([], images_seen)
+
+    def _encode_sizes(self) -> list[Size]:
+        """Those of all contracts; sizes whose conditioning is the same, bit for bit, share it."""
+        with self._teacher.on_device():
+            alike = first_alike(self._teacher.pipeline, self._teacher.contracts)
+        sizes = []
+        for contract, first in zip(self._teacher.contracts, alike):
+            shared = first < len(sizes)
+            sizes.append(sizes[first]._replace(contract=contract) if shared else self._encode(contract, bool(sizes)))
+        return sizes
+
+    def _encode(self, contract, later: bool) -> Size:
+        """Conditioning of the training, the validation and the negative prompts, read from a cache on the disk."""
+        args, accelerator, pipeline = self._args, self._accelerator, self._teacher.pipeline
+        # a cache is of one size; those whose conditioning is another than the first's have theirs inside it
+        part = f"{contract.height}x{contract.width}" if later else ""
+        home = Path(args.output_dir) if self.pairs is None else self.pairs.folder
+        cached = functools.partial(
+            cached_conditioning,
+            Path(args.conditioning_cache_dir or home / "conditioning", part),
+            encoder_key(pipeline, contract),
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+
+        def encode(texts, encode=encode_batch):
+            with self._teacher.on_device():
+                return encode(pipeline, contract, texts)
+
+        conditional = cached(self.prompts.distinct, encode)
+        # apart, so that changing them on resume cannot touch the last digit of the others
+        validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
+        unconditional = cached(
+            [args.negative_prompt],
+            lambda texts: encode(*texts, encode=encode_unconditional),
+            role="negative prompt",
+        )
+        logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
+        return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
+
+
+def open_pairs(args, accelerator, teacher: Teacher, state: dict | None) -> ImagePairs:
+    """The text-image pairs that the arguments name; `state` is that of a checkpoint, or None.
+
+    Raises:
+        UserError: the dataset cannot be read, or the teacher's VAE cannot encode.
+    """
+    dataset = open_dataset(args.dataset_name, **dataset_settings(args))
+    with teacher.on_device():
+        encoder = learn_image_encoder(teacher.pipeline, teacher.contracts[0])
+    return ImagePairs(
+        image_cache_dir(args),
+        dataset,
+        encoder,
+        **pair_settings(args),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+        state=state,
+    )
