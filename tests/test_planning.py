@@ -17,7 +17,8 @@ from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.networks.blocks import linear_layers, sharding_units
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.networks.roles import FULL, Networks, RoleSettings
-from hf_flowdistill.planning.describe import count, describe_memory, describe_shapes, training_memory
+from hf_flowdistill.planning.describe import describe_memory, describe_shapes
+from hf_flowdistill.planning.sizes import count, training_memory
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE

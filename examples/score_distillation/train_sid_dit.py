@@ -46,7 +46,7 @@ from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.data.shards import check_cache_dir
-from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
+from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.flow.draws import draw_bucket, draw_k, global_indices, sample_noise, stream_seed
 from hf_flowdistill.flow.rollout import NOISE_TYPES, falls_from_one
 from hf_flowdistill.flow.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
@@ -62,8 +62,7 @@ from hf_flowdistill.networks.features import find_projection
 from hf_flowdistill.networks.loading import load_pipeline, weights_digest
 from hf_flowdistill.networks.placement import modules_of, move_all_but_transformer, place_text_encoders, streamed
 from hf_flowdistill.networks.roles import ROLES, Networks, check_gradient_checkpointing
-from hf_flowdistill.planning.cases import Case, Precision, describe_peak
-from hf_flowdistill.planning.describe import describe_plan
+from hf_flowdistill.planning.dry_run import print_plan
 from hf_flowdistill.teachers import decode, encode_batch, encode_unconditional, first_alike, learn_contracts
 from hf_flowdistill.teachers.encode import learn_image_encoder
 from hf_flowdistill.training import checkpointing, monitors
@@ -73,12 +72,11 @@ from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.initial_weights import check_student, load_weights
 from hf_flowdistill.training.optimizers import (
     LR_SCHEDULES,
-    ROUNDINGS,
     apply_update,
     build_optimizer,
     learning_rate_factor,
 )
-from hf_flowdistill.training.sharding import SHARDINGS, Sharding, count_shards, process_group_backend
+from hf_flowdistill.training.sharding import SHARDINGS, Sharding, process_group_backend
 
 
 logger = get_logger(__name__)
@@ -380,65 +378,14 @@ def run_settings(args, prompts, accelerator):
 
 def plan(args, prompts, accelerator):
     """What would run, from configurations alone, and that it can as far as these tell."""
-    if not accelerator.is_main_process:
-        return
-    processes = args.dry_run or accelerator.num_processes
-    origin = {"revision": args.revision, "cache_dir": args.cache_dir}
-    largest = max(args.aspect_ratio_buckets or [(args.height, args.width)], key=math.prod)
-    case = Case(
-        role_settings(args),
-        Precision(
-            "",
-            getattr(torch, args.weight_dtype),
-            accelerator.mixed_precision == "bf16",
-            args.bf16_rounding or ROUNDINGS[0],
-        ),
-        tuple(args.gradient_checkpointing or ()),
-        args.train_batch_size,
-        cached=args.sharding == "none",
-        share_rollout=args.share_rollout,
-        use_8bit_adam=args.use_8bit_adam,
-    )
-    try:
-        peak = describe_peak(
-            args.pretrained_model_name_or_path,
-            case,
-            processes=count_shards(args.sharding, processes),
-            sharding=args.sharding,
-            cpu_offload=args.cpu_offload,
-            **dict(zip(("height", "width"), largest)),
-            guidance={name: value for name, value in vars(args).items() if "guidance_" in name},
-            pipeline_kwargs=args.pipeline_kwargs,
-            **origin,
-        )
-    except NotImplementedError as error:
-        peak = [f"the peak is not known without the weights ({first_line(error)})"]
-    if args.adversarial:
-        peak.append("not in it: the pass of the real images, half of the fake score's activations again")
-    print(
-        describe_plan(
-            args.pretrained_model_name_or_path,
-            **origin,
-            height=args.height,
-            width=args.width,
-            aspect_ratio_buckets=args.aspect_ratio_buckets,
-            pipeline_kwargs=args.pipeline_kwargs,
-            weight_dtype=getattr(torch, args.weight_dtype),
-            autocast=accelerator.mixed_precision,
-            shards=count_shards(args.sharding, processes),
-            cpu_offload=args.cpu_offload,
+    if accelerator.is_main_process:
+        print_plan(
+            args,
+            prompts,
+            processes=accelerator.num_processes,
+            autocast=accelerator.mixed_precision == "bf16",
             roles=role_settings(args),
-            bf16_rounding=args.bf16_rounding,
-            use_8bit_adam=args.use_8bit_adam,
-            prompts=len(set(prompts)),
-            max_train_images=args.max_train_images,
-            batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            processes=processes,
-            images_per_second=args.images_per_second,
-            peak=peak,
         )
-    )
 
 
 def main(input_args=None):
