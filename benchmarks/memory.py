@@ -19,7 +19,7 @@ from published_teachers import published_teacher  # noqa: E402
 from hf_flowdistill.cli import silence_libraries  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.networks.roles import RoleSettings  # noqa: E402
-from hf_flowdistill.planning.describe import training_memory  # noqa: E402
+from hf_flowdistill.planning.sizes import training_memory  # noqa: E402
 from hf_flowdistill.planning.skeleton import load_skeleton  # noqa: E402
 
 

@@ -23,7 +23,7 @@ from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.networks.loading import load_pipeline  # noqa: E402
 from hf_flowdistill.networks.roles import RoleSettings  # noqa: E402
-from hf_flowdistill.planning.describe import training_memory  # noqa: E402
+from hf_flowdistill.planning.sizes import training_memory  # noqa: E402
 
 
 BF16 = {"weight_dtype": "bfloat16"}

@@ -26,7 +26,7 @@ from training_helpers import (
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import draw_bucket, draw_k
 from hf_flowdistill.hub.student import read_settings
-from hf_flowdistill.planning.describe import describe_plan
+from hf_flowdistill.planning.dry_run import describe_sizes
 from hf_flowdistill.teachers import encode_prompts, first_alike, learn_contract, learn_contracts
 from hf_flowdistill.training import texts
 
@@ -171,25 +171,23 @@ def test_what_cannot_be_a_bucket_is_refused_before_anything_is_encoded(changes, 
 
 
 def test_the_plan_tells_every_size():
-    common = {"max_train_images": 8, "batch_size": 1, "accumulation": 1, "processes": 1, "height": 32, "width": 32}
-    told = describe_plan(saved_teacher("stable_diffusion_3"), **common, prompts=1000, aspect_ratio_buckets=SIZES)
-    assert [line.partition("hidden_states ")[2] for line in told.splitlines() if line.startswith("image: ")] == [
+    told = describe_sizes(saved_teacher("stable_diffusion_3"), SIZES, 1000)
+    assert [line.partition("hidden_states ")[2] for line in told if line.startswith("image: ")] == [
         "[4, 8, 8], 16 tokens",
         "[4, 8, 12], 24 tokens",
         "[4, 12, 8], 24 tokens",
     ]
-    assert told.count("\ntext: ") == told.count("\nkept for each prompt: ") == 1
-    one = describe_plan(saved_teacher("stable_diffusion_3"), **common, prompts=1000)
-    assert [line for line in one.splitlines() if not line.startswith("image: ")] == [
-        line for line in told.splitlines() if not line.startswith("image: ")
+    for start in ("text: ", "kept for each prompt: "):
+        assert sum(line.startswith(start) for line in told) == 1
+    one = describe_sizes(saved_teacher("stable_diffusion_3"), SIZES[:1], 1000)
+    assert [line for line in one if not line.startswith("image: ")] == [
+        line for line in told if not line.startswith("image: ")
     ]
     kept = [
-        describe_plan(chroma_folder(), **common, prompts=10**6, aspect_ratio_buckets=sizes).split("distinct, ")[1]
+        describe_sizes(chroma_folder(), sizes, 10**6)[-1].split("distinct, ")[1]
         for sizes in (SIZES[:1], SIZES[1:], SIZES)
     ]
     first, other, both = (float(line.split(" GB")[0]) for line in kept)
     assert math.isclose(both, first + other, abs_tol=0.011) and first > 1
     with pytest.raises(UserError, match="have to be divisible by 8 but are 36 and 32"):
-        describe_plan(
-            saved_teacher("stable_diffusion_3"), **common, prompts=1, aspect_ratio_buckets=[(32, 32), (36, 32)]
-        )
+        describe_sizes(saved_teacher("stable_diffusion_3"), [(32, 32), (36, 32)], 1)

@@ -3,6 +3,7 @@
 """What is planned without weights is what there is with them; the published teachers have their published sizes."""
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 
@@ -17,7 +18,8 @@ from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.networks.blocks import linear_layers, sharding_units
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.networks.roles import FULL, Networks, RoleSettings
-from hf_flowdistill.planning.describe import count, describe_memory, describe_shapes, training_memory
+from hf_flowdistill.planning.describe import describe_memory, describe_shapes
+from hf_flowdistill.planning.sizes import count, training_memory
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE
@@ -83,6 +85,34 @@ def test_shapes_without_weights_are_those_with_them(name):
     assert shapes.conditioning == {
         key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in kept.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("component", "library", "name", "made"),
+    [
+        ("text_encoder_3", "transformers", "AutoModel", "T5Model"),
+        ("text_encoder_3", "transformers", "AutoModelForTextEncoding", "T5EncoderModel"),
+        ("transformer", "diffusers", "AutoModel", "SD3Transformer2DModel"),
+    ],
+)
+def test_a_plan_reads_no_weights_of_a_component_that_names_an_auto_class(component, library, name, made):
+    """Such a class is no model itself; the folder's weights are files that cannot be read."""
+    sd3, path = saved_teacher("stable_diffusion_3"), folder() / f"{component}-as-{library}-{name}"
+    shutil.copytree(sd3, path)
+    for file in path.rglob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {component: [library, name]}))
+    skeleton = load_skeleton(path)
+    assert type(getattr(skeleton, component)).__name__ == made
+    networks = [module for module in skeleton.components.values() if isinstance(module, torch.nn.Module)]
+    assert len(networks) == 5 and not any(network.training for network in networks)
+    for network in networks:
+        assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    if made != "T5Model":  # which has a decoder, and so is no text encoder of this pipeline
+        expected = measure_shapes(load_skeleton(sd3), height=32, width=32)
+        assert measure_shapes(skeleton, height=32, width=32) == expected
 
 
 KEPT = {

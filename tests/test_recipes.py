@@ -185,8 +185,8 @@ def test_a_dry_run_goes_on_where_the_sizes_are_not_known(capsys, monkeypatch):
     def no_values(*args, **kwargs):
         raise NotImplementedError("no values on the meta device")
 
-    for place in ("planning", "cases"):
-        monkeypatch.setattr(f"hf_flowdistill.{place}.measure_shapes", no_values)
+    for place in ("dry_run", "cases"):
+        monkeypatch.setattr(f"hf_flowdistill.planning.{place}.measure_shapes", no_values)
     printed = dry_run(capsys, "sd3_medium_amp", saved_teacher("stable_diffusion_3"))
     assert "image and text: their sizes are not known without the weights (no values on the meta device)" in printed
     assert "the peak is not known without the weights (no values on the meta device)" in printed

@@ -50,7 +50,7 @@ def rehearsed(name, roles, dtype, autocast, checkpointed, batch_size, config, kw
     contract = stand_in_contract(shapes, **SIZE)
     assert embeds_guidance(contract) == (name == "flux")
     stage = Stage(load_skeleton(saved_teacher(name)).transformer, contract, config, Start(0, 0, 0, 0))
-    case = Case(roles, Precision("", dtype, autocast), checkpointed, batch_size)
+    case = Case(roles, Precision(dtype, autocast), checkpointed, batch_size)
     ((peak, *_),) = case.memory(stage, 1, ["none"])
     return peak
 
@@ -124,7 +124,7 @@ def test_few_blocks_tell_of_all(name, layers, rows, case):
     assert [length for *_, length in block_rows(transformer)] == rows
     stage = Stage(transformer, stand_in_contract(shapes, **SIZE), SiDConfig(), Start(0, 0, 0, 0))
     roles, dtype, autocast, checkpointed = case
-    case = Case(roles, Precision("", dtype, autocast), checkpointed, 2)
+    case = Case(roles, Precision(dtype, autocast), checkpointed, 2)
     ((told, *_),) = case.memory(stage, 1, ["none"])
     (whole,) = case._rehearse(stage, [lambda component: 1.0], copy.deepcopy(transformer))
     assert told == max(whole.values(), key=lambda peak: peak.bytes)

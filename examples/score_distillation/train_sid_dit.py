@@ -22,7 +22,8 @@ from hf_flowdistill.methods.sid import SiD
 from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
 from hf_flowdistill.methods.sid_adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
 from hf_flowdistill.methods.sid_arguments import add_sid_arguments, check_sid_arguments
-from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments
+from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments, role_settings
+from hf_flowdistill.planning.dry_run import print_plan
 from hf_flowdistill.training.arguments import (
     add_optimization_arguments,
     add_output_arguments,
@@ -129,7 +130,10 @@ def main(input_args=None):
     prompts = read_training_prompts(args, of_images=method.takes_images)
     identity = identify(args, method, accelerator, prompts)
     if args.dry_run is not None:
-        return print_plan(args, prompts, accelerator)
+        if accelerator.is_main_process:
+            autocast = accelerator.mixed_precision == "bf16"
+            print_plan(args, prompts, processes=accelerator.num_processes, autocast=autocast, roles=role_settings(args))
+        return
     run = prepare(args, method, accelerator, prompts, identity)
     with stop_signals() as stopped:
         finished = train(run, stopped)

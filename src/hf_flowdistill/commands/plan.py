@@ -16,6 +16,40 @@ from hf_flowdistill.planning.choices import BASES, SHARE, format_choices, list_c
 
 
 def main(input_args):
+    args = parse_args(input_args)
+    silence_libraries()
+    try:
+        choices = list_choices(
+            args.model,
+            gpus=args.gpus,
+            memory=args.memory * 1e9,
+            height=args.height or args.resolution,
+            width=args.width or args.resolution,
+            batch_sizes=args.train_batch_size,
+            networks=args.networks,
+            rank=args.rank,
+            guidance_mode=args.guidance_mode,
+            pipeline_kwargs=args.pipeline_kwargs,
+            share_rollout=args.share_rollout,
+            arguments=script_arguments(args),
+            progress=functools.partial(tqdm, leave=False, unit="rehearsal"),
+            revision=args.revision,
+            cache_dir=args.cache_dir,
+        )
+    except NotImplementedError as error:
+        raise UserError(f"{args.model} cannot be planned without its weights: {first_line(error)}") from error
+    print(f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n")
+    print(format_choices(choices))
+    fitting = [choice for choice in choices if choice.fits]
+    print("\nWhat fits:\n" if fitting else "\nNothing fits.")
+    print("\n".join(choice.command for choice in fitting), end="\n" * bool(fitting))
+    if args.output_file:
+        listed = json.dumps([choice.as_dict() for choice in choices], indent=2)
+        Path(args.output_file).write_text(listed + "\n", encoding="utf-8")
+
+
+def parse_args(input_args):
+    """Raises: UserError for what no plan can be made of, or written to."""
     parser = ArgumentParser(prog="flowdistill plan", description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL_OR_PATH", help="a diffusers pipeline: a Hub id or a folder")
@@ -54,44 +88,19 @@ def main(input_args):
                 raise UserError(f"--{name} is {value:g}: it must be above 0.")
     if args.output_file:
         check_output_file(Path(args.output_file).absolute())
+    return args
 
-    silence_libraries()
-    more = [] if args.guidance_mode is None else [f"--guidance_mode {args.guidance_mode}"]
-    more += [
-        f"--{name} {shlex.quote(str(value))}"
-        for name in ("revision", "cache_dir", "resolution", "height", "width")
+
+def script_arguments(args) -> str:
+    """What of `args` the training script takes as it is."""
+    given = {
+        name: value
+        for name in ("guidance_mode", "revision", "cache_dir", "resolution", "height", "width")
         if (value := getattr(args, name))
-    ]
+    }
     if args.pipeline_kwargs:
-        more.append(f"--pipeline_kwargs {shlex.quote(json.dumps(args.pipeline_kwargs))}")
-    try:
-        choices = list_choices(
-            args.model,
-            gpus=args.gpus,
-            memory=args.memory * 1e9,
-            height=args.height or args.resolution,
-            width=args.width or args.resolution,
-            batch_sizes=args.train_batch_size,
-            networks=args.networks,
-            rank=args.rank,
-            guidance_mode=args.guidance_mode,
-            pipeline_kwargs=args.pipeline_kwargs,
-            share_rollout=args.share_rollout,
-            arguments=" ".join(more),
-            progress=functools.partial(tqdm, leave=False, unit="rehearsal"),
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
-    except NotImplementedError as error:
-        raise UserError(f"{args.model} cannot be planned without its weights: {first_line(error)}") from error
-    print(f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n")
-    print(format_choices(choices))
-    fitting = [choice for choice in choices if choice.fits]
-    print("\nWhat fits:\n" if fitting else "\nNothing fits.")
-    print("\n".join(choice.command for choice in fitting), end="\n" * bool(fitting))
-    if args.output_file:
-        listed = json.dumps([choice.as_dict() for choice in choices], indent=2)
-        Path(args.output_file).write_text(listed + "\n", encoding="utf-8")
+        given["pipeline_kwargs"] = json.dumps(args.pipeline_kwargs)
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def check_output_file(path: Path) -> None:

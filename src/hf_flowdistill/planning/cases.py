@@ -14,41 +14,42 @@ from hf_flowdistill.methods.sid import SiDConfig
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
 from hf_flowdistill.networks.roles import Networks, RoleSettings
-from hf_flowdistill.planning.describe import count
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.rehearsal import (
     BUFFERS,
     LORA,
     embeds_guidance,
-    joined,
     rehearse,
     rehearse_blocks,
     stand_in_contract,
 )
+from hf_flowdistill.planning.sizes import count
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.planning.startup import Start, measure_start
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.training.ema import EMA
-from hf_flowdistill.training.optimizers import build_optimizer
+from hf_flowdistill.training.optimizers import ROUNDINGS, build_optimizer
 
 
 class Precision(NamedTuple):
-    arguments: str
+    """Of weights and gradients; whether networks run under autocast to bfloat16; `rounding` of `build_optimizer`."""
+
     dtype: torch.dtype
-    autocast: bool
-    rounding: str = "stochastic"  # as for `build_optimizer`
+    autocast: bool = False
+    rounding: str = ROUNDINGS[0]
 
 
-class Sharding(NamedTuple):
-    arguments: str
+class ShardingPlan(NamedTuple):
+    """Whether networks are in shards, and whether all but the teacher waits in main memory."""
+
     shards: bool
     offloaded: bool
 
 
-SHARDINGS = {  # with the arguments of the training script
-    "none": Sharding("", False, False),
-    "full": Sharding("--sharding full", True, False),
-    "full, offloaded": Sharding("--sharding full --cpu_offload", True, True),
+SHARDING_PLANS = {
+    "none": ShardingPlan(False, False),
+    "full": ShardingPlan(True, False),
+    "full, offloaded": ShardingPlan(True, True),
 }
 STAYING = ("teacher", "activations")  # on the accelerator, where the rest is offloaded; so do adapters and buffers
 WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters and buffers
@@ -104,15 +105,15 @@ class Case:
     use_8bit_adam: bool = False
 
     def memory(self, stage: Stage, gpus: int, shardings: Sequence[str]) -> list[tuple[Peak, Start, float]]:
-        """For each of `shardings` on `gpus` processes: the peak on the accelerator, what there is before, and the
-        bytes that wait in main memory."""
-        kinds = [SHARDINGS[name] for name in shardings]
-        views = [_shares(gpus, kind, where) for kind in kinds for where in ("accelerator", "main memory")]
+        """For each of `shardings` (keys of `SHARDING_PLANS`) on `gpus` processes: the peak on the accelerator, what
+        there is before, and the bytes that wait in main memory."""
+        plans = [SHARDING_PLANS[name] for name in shardings]
+        views = [_shares(gpus, plan, where) for plan in plans for where in ("accelerator", "main memory")]
         peaks = rehearse_blocks(stage.transformer, functools.partial(self._rehearse, stage, views))
         rows = []
-        for kind, peak, waiting in zip(kinds, peaks[::2], peaks[1::2]):
+        for plan, peak, waiting in zip(plans, peaks[::2], peaks[1::2]):
             start = stage.start
-            if kind.shards:
+            if plan.shards:
                 gathered = self._gathered(stage.transformer)
                 peak = Peak(peak.when, {**peak.components, "gathered": gathered})
                 parameters, others = count(stage.transformer)
@@ -135,9 +136,9 @@ class Case:
             optimizer,
             batch_size=self.batch_size,
             config=stage.config,
-            autocast=self.precision.autocast,
-            autocast_cache=self.cached,
-            foreach=True,
+            autocast=functools.partial(
+                torch.autocast, "cpu", torch.bfloat16, enabled=self.precision.autocast, cache_enabled=self.cached
+            ),
             share_rollout=self.share_rollout,
             views=views,
         )
@@ -151,35 +152,14 @@ class Case:
         return weights if self.roles.networks == "lora" else weights + largest * (size + 4)
 
 
-def describe_peak(path, case: Case, *, processes: int, sharding: str, cpu_offload: bool, **stage) -> list[str]:
-    """Lines: what a process takes on its accelerator at the peak of an update, by component, and before training.
-
-    Args:
-        processes: over which networks are in shards, where `sharding` is not "none"; `stage` as for `Stage.of`.
-
-    Raises:
-        NotImplementedError: a network does not run without values.
-    """
-    kind = "none" if sharding == "none" else "full, offloaded" if cpu_offload else "full"
-    stage = Stage.of(path, **stage)
-    ((peak, start, _),) = case.memory(stage, processes, [kind])
-    parts = joined(peak.components, BUFFERS).most_common()
-    return [
-        f"rehearsed, each process takes at its peak, the {peak.when}:",
-        *(f"  {name:<41} {size / 1e9:>8,.2f} GB" for name, size in [*parts, ("together", peak.bytes)]),
-        f"before training, with room for the text encoders: {start.bytes(float('inf')) / 1e9:,.2f} GB; without: "
-        f"{start.bytes(0) / 1e9:,.2f} GB",
-    ]
-
-
-def _shares(gpus: int, kind: Sharding, where: str) -> Callable[[str], float]:
+def _shares(gpus: int, plan: ShardingPlan, where: str) -> Callable[[str], float]:
     """The share of a component that one process has on its accelerator, or in main memory."""
 
     def share(component):
         whole = component.endswith((LORA, BUFFERS))
-        stays = not kind.offloaded or component in STAYING or whole
+        stays = not plan.offloaded or component in STAYING or whole
         if stays != (where == "accelerator"):
             return 0.0
-        return 1 / gpus if kind.shards and component not in WHOLE and not whole else 1.0
+        return 1 / gpus if plan.shards and component not in WHOLE and not whole else 1.0
 
     return share

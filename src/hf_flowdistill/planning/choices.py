@@ -4,23 +4,25 @@
 
 import itertools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.networks.roles import ROLES, RoleSettings
-from hf_flowdistill.planning.cases import SHARDINGS, Case, Precision, Stage
+from hf_flowdistill.planning.cases import SHARDING_PLANS, Case, Precision, ShardingPlan, Stage
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, joined
+from hf_flowdistill.planning.sizes import dtype_name
 from hf_flowdistill.planning.startup import Start
+from hf_flowdistill.training.optimizers import ROUNDINGS
 
 
-# What can be chosen, and the arguments of the training script for it.
-AMP = Precision("--mixed_precision bf16", torch.float32, True)
-BF16 = Precision("--weight_dtype bfloat16", torch.bfloat16, False)
-NEAREST = Precision("--weight_dtype bfloat16 --bf16_rounding nearest", torch.bfloat16, False, "nearest")
+# What can be chosen.
+AMP, BF16 = Precision(torch.float32, autocast=True), Precision(torch.bfloat16)
+NEAREST = Precision(torch.bfloat16, rounding="nearest")
 WHOLE_NETWORKS, QUANTIZED = {"AMP": AMP, "BF16": BF16, "BF16, nearest": NEAREST}, {"BF16": BF16}
 BASES = {  # --networks -> base of the adapters -> precisions
     "full": {"none": WHOLE_NETWORKS},
@@ -31,11 +33,6 @@ CHECKPOINTING = {  # by how many networks
     "all": ROLES,
     "generator, fake score": ("generator", "fake_score"),
     "none": (),
-}
-CHECKPOINTING_ARGUMENTS = {
-    "all": "--gradient_checkpointing",
-    "generator, fake score": "--gradient_checkpointing generator fake_score",
-    "none": "",
 }
 SHARE = 0.9  # of the memory; what is no tensor, such as the context and the workspaces of CUDA, has the rest
 
@@ -117,37 +114,54 @@ def list_choices(
     """
     guidance = {"guidance_mode": guidance_mode}
     stage = Stage.of(path, height=height, width=width, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
-    rows = [
-        (name, base, precision, checkpointed, batch_size, cached)
-        for name in networks
-        for base, precisions in BASES[name].items()
-        for precision, checkpointed in itertools.product(precisions, checkpointing)
-        for batch_size, cached in itertools.product(batch_sizes, (True, False))
-        # the script's autocast keeps its copies of weights only where these are whole
-        if cached or (precisions[precision].autocast and _shardings(gpus, name, base)[1:])
-    ]
     choices = []
-    for name, base, precision, checkpointed, batch_size, cached in progress(rows):
-        settings, roles = BASES[name][base][precision], RoleSettings(name, rank, base_quantization=base)
-        shardings = [
-            kind for kind in _shardings(gpus, name, base) if not settings.autocast or SHARDINGS[kind].shards != cached
-        ]
-        case = Case(roles, settings, CHECKPOINTING[checkpointed], batch_size, cached, share_rollout)
-        flags = (
-            f"--networks {name}" if name != "full" else "",
-            f"--rank {rank}" if name != "full" and rank != RoleSettings.rank else "",
-            f"--base_quantization {base}" if base != "none" else "",
-            settings.arguments,
-            f"--train_batch_size {batch_size}",
-            CHECKPOINTING_ARGUMENTS[checkpointed],
-            "--share_rollout" if share_rollout else "",
-            arguments,
-        )
-        for kind, (peak, begin, waiting) in zip(shardings, case.memory(stage, gpus, shardings)):
-            command = _command(path, gpus, " ".join(filter(None, (*flags[:4], SHARDINGS[kind].arguments, *flags[4:]))))
-            choice = Choice(name, base, precision, kind, batch_size, checkpointed, peak, begin, waiting, command)
+    for row in progress(list(_rows(gpus, networks, checkpointing, batch_sizes))):
+        roles = RoleSettings(row.networks, rank, base_quantization=row.base)
+        checkpointed = CHECKPOINTING[row.checkpointing]
+        case = Case(roles, row.precision, checkpointed, row.batch_size, row.cached, share_rollout)
+        for kind, (peak, begin, waiting) in zip(row.shardings, case.memory(stage, gpus, row.shardings)):
+            choice = Choice(
+                networks=row.networks,
+                base_quantization=row.base,
+                precision=row.precision_name,
+                sharding=kind,
+                batch_size=row.batch_size,
+                gradient_checkpointing=row.checkpointing,
+                peak=peak,
+                begin=begin,
+                main_memory=waiting,
+                command=_command(path, gpus, case, SHARDING_PLANS[kind], arguments),
+            )
             choices.append(choice.in_memory(memory))
     return choices
+
+
+class _Row(NamedTuple):
+    """What is rehearsed once: a way of training, and the shardings that it can be combined with."""
+
+    networks: str
+    base: str
+    precision_name: str
+    precision: Precision
+    checkpointing: str
+    batch_size: int
+    cached: bool
+    shardings: list[str]
+
+
+def _rows(gpus: int, networks, checkpointing, batch_sizes) -> Iterator[_Row]:
+    for name in networks:
+        for base, precisions in BASES[name].items():
+            for (called, precision), checkpointed in itertools.product(precisions.items(), checkpointing):
+                for batch_size, cached in itertools.product(batch_sizes, (True, False)):
+                    # autocast keeps its copies of weights only where these are whole; without it there are none
+                    shardings = [
+                        kind
+                        for kind in _shardings(gpus, name, base)
+                        if (SHARDING_PLANS[kind].shards != cached if precision.autocast else cached)
+                    ]
+                    if shardings:
+                        yield _Row(name, base, called, precision, checkpointed, batch_size, cached, shardings)
 
 
 def _shardings(gpus: int, networks: str, base: str) -> list[str]:
@@ -158,11 +172,28 @@ def _shardings(gpus: int, networks: str, base: str) -> list[str]:
     return ["none", *(["full"] if gpus > 1 else []), *offloaded]
 
 
-def _command(path, gpus: int, flags: str) -> str:
+def _command(path, gpus: int, case: Case, sharding: ShardingPlan, more: str) -> str:
+    """That trains so, by the script's arguments, without what is their default."""
     launch = "accelerate launch -q" + (f" --multi_gpu --num_processes {gpus}" if gpus > 1 else "")
     script = "examples/score_distillation/train_sid_dit.py"
-    teacher = f"--pretrained_model_name_or_path {shlex.quote(str(path))}"
-    return f"{launch} {script} {teacher} --prompt_file prompts.txt {flags}"
+    roles, precision = case.roles, case.precision
+    checkpointed = "" if case.checkpointed == ROLES else " ".join(("", *case.checkpointed))
+    flags = {  # in this order
+        f"--pretrained_model_name_or_path {shlex.quote(str(path))} --prompt_file prompts.txt": True,
+        f"--networks {roles.networks}": roles.networks != "full",
+        f"--rank {roles.rank}": roles.networks != "full" and roles.rank != RoleSettings.rank,
+        f"--base_quantization {roles.base_quantization}": roles.base_quantization != "none",
+        "--mixed_precision bf16": precision.autocast,
+        f"--weight_dtype {dtype_name(precision.dtype)}": precision.dtype != torch.float32,
+        f"--bf16_rounding {precision.rounding}": precision.rounding != ROUNDINGS[0],
+        "--sharding full": sharding.shards,
+        "--cpu_offload": sharding.offloaded,
+        f"--train_batch_size {case.batch_size}": True,
+        f"--gradient_checkpointing{checkpointed}": bool(case.checkpointed),
+        "--share_rollout": case.share_rollout,
+        more: bool(more),
+    }
+    return " ".join([launch, script, *(flag for flag, given in flags.items() if given)])
 
 
 COMPONENTS = {  # a column -> the components in it, those of LoRAs and buffers too

@@ -7,8 +7,13 @@ Blocks that are alike take alike, so a transformer is rehearsed with few of them
 Every tensor is a fake one (`torch._subclasses.FakeTensor`), with a shape and a storage but nothing in it, so twelve
 billion parameters are rehearsed on any machine. What is counted are the storages of all tensors that operations
 return; what an operation takes only inside itself, such as the workspace of a matrix product, is not.
+
+Components are "teacher", "generator", "fake score", "average of the generator", "Adam's moments", "gradients",
+"update" (what optimizers take besides) and "activations" (all else). Those that are of an adapter have " (LoRA)"
+behind their names, and the values of networks that are not trained, such as tables of positions, " (buffers)".
 """
 
+import contextlib
 import copy
 import itertools
 from collections import Counter
@@ -100,11 +105,9 @@ def rehearse(
     *,
     batch_size: int,
     config: SiDConfig,
-    autocast: bool = False,
-    autocast_cache: bool = True,
-    foreach: bool | None = None,
+    autocast: Callable = contextlib.nullcontext,
     share_rollout: bool = False,
-    views: Sequence[Callable[[str], float]] = (lambda component: 1.0,),
+    views: Sequence[Callable[[str], float]],
 ) -> list[dict[tuple, Peak]]:
     """A micro-batch that is not the first, and an update, of both networks: for each view, part of it -> its peak.
 
@@ -112,42 +115,22 @@ def rehearse(
 
     So there are moments of Adam and gradients of the network whose turn it is, from the beginning.
 
-    Components are "teacher", "generator", "fake score", "average of the generator", "Adam's moments", "gradients",
-    "update" (what optimizers take besides) and "activations" (all else). Those that are of an adapter have " (LoRA)"
-    behind their names, and the values of networks that are not trained, such as tables of positions, " (buffers)".
-
     Args:
         networks, average: on the meta device; their parameters are replaced by fake ones.
         contract: of `stand_in_contract`.
         build_optimizer: network -> its optimizer.
         config: of the turns, which stop at the generator's first sampler step: what others have before their last step
             runs without a graph, and leaves nothing.
-        autocast: to bfloat16; with `autocast_cache`, a weight's copy in bfloat16 is kept until the backward pass.
-        foreach: how Adam goes through the parameters; accelerators do it all at once, which takes more memory.
-        views: as for `MemoryTracker`.
+        autocast: makes the context in which networks run forward.
+        views: as for `MemoryTracker`; the components are in the text at the top.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = MemoryTracker(views)
     with tracker:
-        named = {"generator": networks.generator, "fake score": networks.fake_score}
-        named["average of the generator"] = average
-        for name, network in named.items():
-            with tracker.component(name + _mark(network)):
-                fill(network, mode)
-            if not isinstance(network, Role):
-                tracker.assign(network.buffers(), name + BUFFERS)
-        teacher = networks.teacher  # after the adapters, which are inside where they share it
-        transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
-        with tracker.component("teacher"):
-            fill(transformer, mode)
-        tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
-        for name in ROLES:
-            network = getattr(networks, name)
-            if name == "teacher" or not isinstance(network, Role):  # other roles are on the teacher
-                _note_places(tracker, name, network)
+        _fill_networks(tracker, mode, networks, average)
         optimizers = {}
         for name, network in networks.trained().items():
-            optimizers[name] = _optimizer(tracker, network, build_optimizer, foreach)
+            optimizers[name] = _optimizer(tracker, network, build_optimizer)
         tracker.forget_peaks()
         turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
         x0 = None
@@ -158,7 +141,7 @@ def rehearse(
             batch = _batch(mode, contract, batch_size)
             batch.x0 = x0
             with networks.training(turn):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=autocast_cache):
+                with autocast():
                     loss, _ = loss_of(networks, contract, batch, config)
                 tracker.when = f"backward pass of the {told}'s turn"
                 loss.backward()
@@ -167,6 +150,26 @@ def rehearse(
             tracker.when = f"update of the {told}"
             _update(tracker, optimizers[turn], trained)
     return tracker.peaks
+
+
+def _fill_networks(tracker, mode, networks: Networks, average) -> None:
+    """Fake parameters and buffers in all networks, counted to their components; and their blocks' places noted."""
+    named = {"generator": networks.generator, "fake score": networks.fake_score}
+    named["average of the generator"] = average
+    for name, network in named.items():
+        with tracker.component(name + _mark(network)):
+            fill(network, mode)
+        if not isinstance(network, Role):
+            tracker.assign(network.buffers(), name + BUFFERS)
+    teacher = networks.teacher  # after the adapters, which are inside where they share it
+    transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
+    with tracker.component("teacher"):
+        fill(transformer, mode)
+    tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
+    for name in ROLES:
+        network = getattr(networks, name)
+        if name == "teacher" or not isinstance(network, Role):  # other roles are on the teacher
+            _note_places(tracker, name, network)
 
 
 def _note_places(tracker, name, network) -> None:
@@ -264,12 +267,12 @@ def fill(network, mode) -> None:
                 tensors[name] = made
 
 
-def _optimizer(tracker, network, build_optimizer, foreach):
-    """The optimizer of a network, with its moments."""
+def _optimizer(tracker, network, build_optimizer):
+    """The optimizer of a network, with its moments; accelerators update all parameters at once, which takes more."""
     optimizer = build_optimizer(network)
-    if foreach is not None and type(optimizer) is torch.optim.Adam:
+    if type(optimizer) is torch.optim.Adam:
         for group in optimizer.param_groups:
-            group["foreach"] = foreach
+            group["foreach"] = True
     _make_gradients(tracker, network)
     _update(tracker, optimizer, network)
     moments = (value for state in optimizer.state.values() for value in state.values())

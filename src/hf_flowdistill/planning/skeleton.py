@@ -85,15 +85,19 @@ def _component(path, name: str, library: str, class_name: str, where: dict):
         # what is neither library's own lives beside the pipeline that uses it; nothing else is imported
         place = {"diffusers": diffusers, "transformers": transformers}.get(library)
         cls = getattr(place or getattr(diffusers.pipelines, library), class_name)
-        if issubclass(cls, diffusers.ModelMixin):
-            config = cls.load_config(path, subfolder=name, **where)
-            with torch.device("meta"):
-                return cls.from_config(config).eval()
-        if issubclass(cls, transformers.PreTrainedModel):
-            config = cls.config_class.from_pretrained(path, subfolder=name, **where)
-            with torch.device("meta"):
-                return cls._from_config(config, dtype=torch.float32).eval()
-        return cls.from_pretrained(path, subfolder=name, **where)
+        where = {"subfolder": name, **where}
+        if issubclass(cls, (diffusers.ModelMixin, diffusers.AutoModel)):
+            config, make = cls.load_config(path, **where), cls.from_config
+        elif issubclass(cls, transformers.PreTrainedModel):
+            config = cls.config_class.from_pretrained(path, **where)
+            make = functools.partial(cls._from_config, dtype=torch.float32)
+        elif place is transformers and hasattr(cls, "from_config"):  # AutoModel and its like, which are no models
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+            make = functools.partial(cls.from_config, dtype=torch.float32, trust_remote_code=False)
+        else:  # no network: its files hold no weights
+            return cls.from_pretrained(path, **where)
+        with torch.device("meta"):
+            return make(config).eval()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the component {name} of {path}, a {class_name}, has no configuration that fits it: {first_line(error)}"
@@ -110,27 +114,13 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         UserError: the pipeline cannot make this size, or does not take `pipeline_kwargs`.
         NotImplementedError: a network does not run without values.
     """
-    name = type(skeleton).__name__
-    calls, tokens, runs = _watch_shapes(skeleton)
-    seen, first_runs = [], []
-    for prompts in (PROMPTS[:1], PROMPTS):
-        settings = {"height": height, "width": width, "pipeline_kwargs": dict(pipeline_kwargs or {})}
-        arguments = call_arguments(skeleton, prompts, **settings, num_inference_steps=1, output_type="np")
-        calls.clear()
-        try:
-            check_size(name, skeleton(**arguments)[0], height, width)
-        except UserError:
-            raise
-        except NotImplementedError:
-            if not calls:  # otherwise the transformer's arguments are known, though it or the decoder did not run
-                raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            size = f"height {height}, width {width}"
-            raise UserError(f"{name} fails when called with {size}: {first_line(error)}") from error
-        seen.append(calls[0])
-        first_runs = first_runs or list(runs)
-        skeleton.transformer.register_forward_pre_hook(_stop)  # the second call is for its arguments only
-    rows = {key: rows for key, one in seen[0].items() if (rows := _rows(one, seen[1][key])) is not None}
+    watch = _Watch(skeleton)
+    settings = {"height": height, "width": width, "pipeline_kwargs": dict(pipeline_kwargs or {})}
+    one, runs = watch.call(PROMPTS[:1], **settings), list(watch.runs)
+    skeleton.transformer.register_forward_pre_hook(_stop)  # the second call is for its arguments only
+    two = watch.call(PROMPTS, **settings)
+
+    rows = {key: found for key, value in one.items() if (found := _rows(value, two[key])) is not None}
     first = {key: row for key, (_, row, _) in rows.items()}
     embeddings = {key: row for key, row in first.items() if row.ndim > 1 and row.is_floating_point()}
     # what text encoders return is zero here, so only the latents, which are noise, are not
@@ -138,7 +128,7 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
     if latent is None:
         raise NotImplementedError("no argument of the transformer holds the latents")
     batch = rows[latent][0]
-    image_tokens, rest = divmod(tokens[0], batch) if tokens else (None, 0)
+    image_tokens, rest = divmod(watch.tokens[0], batch) if watch.tokens else (None, 0)
     shape = tuple(first.pop(latent).shape)
     return Shapes(
         latent=(latent, shape),
@@ -147,45 +137,72 @@ def measure_shapes(skeleton, *, height: int, width: int, pipeline_kwargs: dict[s
         text_tokens=sum(max(row.shape[:-1]) for key, row in embeddings.items() if key != latent),
         longer_with_prompt=any(row.shape != last.shape for _, row, last in rows.values()),
         conditioning={key: (tuple(row.shape), row.numel() * row.element_size()) for key, row in first.items()},
-        call=dict(seen[0]),
+        call=dict(one),
         batch=batch,
-        runs=first_runs,
+        runs=runs,
     )
 
 
-def _watch_shapes(skeleton) -> tuple[list[dict[str, Any]], list[int], list]:
-    """Make `skeleton` callable. Its calls put into three lists what the transformer is given by name, the number of
-    image tokens, which is that of the values it returns over the width of its last projection, and `Shapes.runs`."""
-    calls, tokens, linears, runs = [], [], [], []
-    for name, module in skeleton.components.items():
-        for method in ("forward", "decode"):
-            if isinstance(module, torch.nn.Module) and hasattr(module, method):
-                note = functools.partial(_note, runs, name, getattr(module, method))
-                setattr(module, method, _zeros_from_meta(getattr(module, method), note))
-    transformer = skeleton.transformer
-    signature = inspect.signature(transformer.forward)
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, args, output: linears.append(module))
+class _Watch:
+    """Makes a skeleton callable, and sees what its networks are given.
 
-    def before(module, args, kwargs):
-        calls.append(signature.bind(*args, **kwargs).arguments)
+    Attributes:
+        calls: argument -> value, of every run of the transformer in the last call.
+        tokens: of every run of the transformer to its end, how many image tokens there were: the values that it
+            returned over the width of its last projection.
+        runs: as `Shapes.runs`.
+    """
 
-    def after(module, args, output):
-        values = sum(value.numel() for value in tree_leaves(output[0]))
-        if values % linears[-1].out_features == 0:
-            tokens.append(values // linears[-1].out_features)
+    def __init__(self, skeleton):
+        self.skeleton, self.calls, self.tokens, self.runs = skeleton, [], [], []
+        for name, module in skeleton.components.items():
+            for method in ("forward", "decode"):
+                if isinstance(module, torch.nn.Module) and hasattr(module, method):
+                    function = getattr(module, method)
+                    setattr(module, method, _zeros_from_meta(function, functools.partial(self._note, name, function)))
+        self._watch_transformer(skeleton.transformer)
+        skeleton.scheduler = plain_scheduler(skeleton)
+        # everything outside the networks has values, and is on the CPU
+        cls = type(skeleton)
+        skeleton.__class__ = type(cls.__name__, (cls,), {"_execution_device": torch.device("cpu")})
 
-    transformer.register_forward_pre_hook(before, with_kwargs=True)
-    transformer.register_forward_hook(after)
-    skeleton.scheduler = plain_scheduler(skeleton)
-    # everything outside the networks has values, and is on the CPU
-    skeleton.__class__ = type(type(skeleton).__name__, (type(skeleton),), {"_execution_device": torch.device("cpu")})
-    return calls, tokens, runs
+    def call(self, prompts, *, height: int, width: int, pipeline_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the transformer is first given in a call of one step; errors as of `measure_shapes`."""
+        name, size = type(self.skeleton).__name__, {"height": height, "width": width}
+        settings = {"pipeline_kwargs": pipeline_kwargs, "num_inference_steps": 1, "output_type": "np"}
+        arguments = call_arguments(self.skeleton, prompts, **size, **settings)
+        self.calls.clear()
+        try:
+            check_size(name, self.skeleton(**arguments)[0], height, width)
+        except UserError:
+            raise
+        except NotImplementedError:
+            if not self.calls:  # otherwise these are known, though the transformer or the decoder did not run
+                raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            size = f"height {height}, width {width}"
+            raise UserError(f"{name} fails when called with {size}: {first_line(error)}") from error
+        return self.calls[0]
 
+    def _note(self, name, function, args, kwargs):
+        self.runs.append((name, function, args, kwargs))
 
-def _note(runs, name, method, args, kwargs):
-    runs.append((name, method, args, kwargs))
+    def _watch_transformer(self, transformer):
+        signature, widths = inspect.signature(transformer.forward), []
+
+        def before(module, args, kwargs):
+            self.calls.append(signature.bind(*args, **kwargs).arguments)
+
+        def after(module, args, output):
+            tokens, rest = divmod(sum(value.numel() for value in tree_leaves(output[0])), widths[-1])
+            if not rest:
+                self.tokens.append(tokens)
+
+        for module in transformer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda module, args, output: widths.append(module.out_features))
+        transformer.register_forward_pre_hook(before, with_kwargs=True)
+        transformer.register_forward_hook(after)
 
 
 def _stop(module, args):
