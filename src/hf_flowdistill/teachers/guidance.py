@@ -60,18 +60,13 @@ def guided_inputs(x_t, sigma, conditional, unconditional, scale, mode=None) -> t
 
 
 def guided_velocity(
-    velocity_fn: Callable[[Tensor, Tensor, Conditioning], Tensor],
-    x_t: Tensor,
-    sigma: Tensor,
-    conditional: Conditioning,
-    unconditional: Conditioning,
-    scale: float,
-    mode: str | None = None,
-    rescale: float = 0.0,
+    velocity_fn: Callable[..., Tensor], x_t, sigma, conditional, unconditional, scale, mode=None, rescale=0.0
 ) -> Tensor:
-    """`Contract.guided_velocity`, see there, of any velocity: (x_t [B, ...], sigma [B], conditioning) -> [B, ...].
+    """`Contract.guided_velocity`, whose other arguments are as there, of any velocity.
 
-    What `velocity_fn` is called with first is `guided_inputs`.
+    Args:
+        velocity_fn: (x_t [B, ...], sigma [B], conditioning of B rows or one) -> velocity [B, ...]. It is called with
+            `guided_inputs`, and where the unguided velocity has to be predicted too, a second time.
     """
     velocity = velocity_fn(*guided_inputs(x_t, sigma, conditional, unconditional, scale, mode))
     guided = velocity if len(velocity) == len(x_t) else guide(*velocity.chunk(2), scale)
