@@ -26,7 +26,7 @@ from training_helpers import (
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import draw_bucket
-from hf_flowdistill.hub.student import read_settings
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.planning.describe import describe_plan
 from hf_flowdistill.teachers import encode_prompts, first_alike, learn_contract, learn_contracts
 

@@ -48,10 +48,10 @@ from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
 from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.flow.draws import draw_bucket, draw_k, global_indices, sample_noise, stream_seed
-from hf_flowdistill.flow.rollout import NOISE_TYPES, falls_from_one
+from hf_flowdistill.flow.rollout import NOISE_TYPES, Sampler, falls_from_one
 from hf_flowdistill.flow.timesteps import SIGMA_MEAN, SIGMA_STD, sigma_from_normal
 from hf_flowdistill.flow.weighting import WEIGHTINGS, get_weighting
-from hf_flowdistill.hub.export import check_export_dir, export_student
+from hf_flowdistill.hub.export import CardContent, TeacherSource, TrainingRecord, check_export_dir, export_student
 from hf_flowdistill.hub.push import check_push, push_student
 from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generate_x0, generator_turn
@@ -932,24 +932,24 @@ def save_student(run):
     student = run.sharding.gather(run.ema.model)
     if not run.accelerator.is_main_process:
         return
-    guidance_off = use_bucket(run, 0).contract.student_arguments(args.num_steps, args.sigmas)
-    defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.pipeline,
         Path(args.output_dir, "student"),
-        num_steps=args.num_steps,
+        Sampler(args.num_steps, args.noise_type, args.sigmas),
         transformer=merged(student),
-        noise_type=args.noise_type,
-        guidance_off=guidance_off,
-        pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
-        teacher=args.pretrained_model_name_or_path,
-        teacher_revision=args.revision,
-        training_args={**vars(args), **run.state["settings"], "images_seen": run.state["images_seen"]},
-        repo_id=args.hub_model_id,
-        example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
-        run=monitors.training_facts(args.output_dir, run.state),
-        grid=monitors.last_sheet(args.output_dir, run.state),
-        grid_prompts=args.validation_prompts,
+        contract=use_bucket(run, 0).contract,
+        pipeline_kwargs=args.pipeline_kwargs | {"height": args.height, "width": args.width},
+        teacher=TeacherSource(args.pretrained_model_name_or_path, args.revision),
+        training=TrainingRecord(
+            arguments={**vars(args), **run.state["settings"], "images_seen": run.state["images_seen"]},
+            measured=monitors.training_facts(args.output_dir, run.state),
+        ),
+        card=CardContent(
+            repo_id=args.hub_model_id,
+            example_prompt=(args.validation_prompts or run.prompts.distinct)[0],
+            grid=monitors.last_sheet(args.output_dir, run.state),
+            grid_prompts=args.validation_prompts,
+        ),
     )
     lora = save_lora(run.pipeline, student, student_dir)
     logger.info(f"the student is in {student_dir}" + (f", its LoRA in {lora.name}" if lora else ""))
