@@ -25,7 +25,7 @@ from training_helpers import (
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import draw_bucket, draw_k
-from hf_flowdistill.hub.student import read_settings
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.planning.dry_run import describe_sizes
 from hf_flowdistill.teachers import encode_prompts, first_alike, learn_contract, learn_contracts
 from hf_flowdistill.training import texts

@@ -20,20 +20,16 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.rollout import rollout
-from hf_flowdistill.hub.export import check_export_dir, export_student
+from hf_flowdistill.flow.rollout import Sampler, rollout
+from hf_flowdistill.hub.export import TrainingRecord, check_export_dir, export_student
 from hf_flowdistill.hub.secrets import without_secrets
-from hf_flowdistill.hub.student import (
-    few_step_pipeline,
-    read_settings,
-    render_pipeline,
-    sampler_change,
-    student_scheduler,
-)
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline, render_pipeline, sampler_change, student_scheduler
 from hf_flowdistill.networks.loading import load_pipeline
 
 
 PROMPT = "a cat"
+PAPERS = Sampler()
 # name -> (builder, arguments of the call that the student is trained with)
 PIPELINES = {
     "sd3": (tiny_pipelines.stable_diffusion_3, {"max_sequence_length": 8}),
@@ -46,12 +42,10 @@ PIPELINES = {
 }
 
 
-def export(tmp_path, name="sd3", num_steps=4, **kwargs):
+def export(tmp_path, name="sd3", sampler=PAPERS, **kwargs):
     build, pipeline_kwargs = PIPELINES[name]
     pipeline = build()
-    folder = export_student(
-        pipeline, tmp_path / "student", num_steps=num_steps, pipeline_kwargs=pipeline_kwargs, **kwargs
-    )
+    folder = export_student(pipeline, tmp_path / "student", sampler, pipeline_kwargs=pipeline_kwargs, **kwargs)
     return pipeline, folder
 
 
@@ -78,8 +72,7 @@ def test_a_stock_call_visits_the_few_step_sigmas(name, num_steps, expected):
 @pytest.mark.parametrize("num_steps, sigmas", [(1, None), (2, None), (4, None), (3, [1.0, 0.8, 0.75])])
 @pytest.mark.parametrize("noise_type", ["fresh", "fixed", "ddim"])
 def test_the_student_draws_what_the_rollout_of_training_draws(tmp_path, noise_type, num_steps, sigmas):
-    off = {"guidance_scale": 1.0} | ({"sigmas": sigmas} if sigmas else {})
-    _, folder = export(tmp_path, noise_type=noise_type, num_steps=num_steps, guidance_off=off)
+    _, folder = export(tmp_path, sampler=Sampler(num_steps, noise_type, sigmas))
     student = student_of(folder)
     latents = student([PROMPT, "dogs"], generator=seeded(3), output_type="latent").images
 
@@ -191,7 +184,7 @@ def test_the_student_takes_other_numbers_of_steps_and_leaves_its_scheduler_as_it
 def test_a_student_samples_at_its_own_sigmas(tmp_path, name):
     """With the stock class too, which its card tells to; in fewer steps at the first and the last of them."""
     levels, off = [1.0, 0.8, 0.75, 0.4], {"guidance_scale": 1.0}
-    _, folder = export(tmp_path, name, guidance_off={**off, "sigmas": levels})
+    _, folder = export(tmp_path, name, Sampler(sigmas=levels))
     student, stock = student_of(folder), load_pipeline(folder)
 
     def visited(pipeline, **call):
@@ -236,7 +229,7 @@ def test_export_takes_the_students_transformer_and_leaves_the_teacher_alone(tmp_
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.5)
-    folder = export_student(teacher, tmp_path / "student", num_steps=2, transformer=generator, dtype=torch.bfloat16)
+    folder = export_student(teacher, tmp_path / "student", Sampler(2), transformer=generator, dtype=torch.bfloat16)
 
     assert teacher.transformer is transformer and teacher.scheduler is scheduler and scheduler.config.shift == 3.0
     assert all(torch.equal(before[name], value) for name, value in transformer.state_dict().items())
@@ -253,13 +246,13 @@ def test_export_takes_the_students_transformer_and_leaves_the_teacher_alone(tmp_
 def test_export_refuses_a_network_of_another_class(tmp_path):
     pipeline = tiny_pipelines.stable_diffusion_3()
     with pytest.raises(TypeError, match="AutoencoderKL is no SD3Transformer2DModel"):
-        export_student(pipeline, tmp_path / "student", num_steps=4, transformer=pipeline.vae)
+        export_student(pipeline, tmp_path / "student", Sampler(), transformer=pipeline.vae)
 
 
 def test_export_replaces_only_its_own_earlier_export(tmp_path):
     _, folder = export(tmp_path)
     (folder / "grid.png").write_bytes(b"kept")
-    export(tmp_path, num_steps=2)
+    export(tmp_path, sampler=Sampler(2))
     assert read_settings(folder)["student"]["num_steps"] == 2
     assert (folder / "grid.png").read_bytes() == b"kept"
     assert not list(tmp_path.glob("*.tmp"))
@@ -269,7 +262,7 @@ def test_export_replaces_only_its_own_earlier_export(tmp_path):
     assert check_export_dir(other) == other
     (other / "training_args.json").write_text('{"someone": "else"}')
     with pytest.raises(UserError, match="not empty and holds no earlier export"):
-        export_student(tiny_pipelines.stable_diffusion_3(), other, num_steps=4)
+        export_student(tiny_pipelines.stable_diffusion_3(), other, Sampler())
     with pytest.raises(UserError, match="is a file"):
         check_export_dir(other / "training_args.json")
 
@@ -287,7 +280,7 @@ def test_nothing_secret_and_no_path_of_this_machine_is_exported(tmp_path, monkey
         "note": "pushed with argument-secret and environment-secret and hf_abcdefghijklmnopqrstuvwxyz",
         "nested": {"token": "nested-secret", "paths": [str(tmp_path / "home" / "x.txt")]},
     }
-    folder = export_student(teacher, tmp_path / "student", num_steps=4, training_args=arguments)
+    folder = export_student(teacher, tmp_path / "student", Sampler(), training=TrainingRecord(arguments))
     assert read_settings(folder)["training_args"] == {
         "learning_rate": 1e-6,
         "output_dir": "run",
@@ -305,10 +298,10 @@ def test_the_teachers_licence_goes_along_and_components_of_a_folder_cannot_be_re
     pipeline.save_pretrained(tmp_path / "teacher")
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A teacher\n")
     teacher = load_pipeline(tmp_path / "teacher")
-    card = (export_student(teacher, tmp_path / "student", num_steps=4) / "README.md").read_text()
+    card = (export_student(teacher, tmp_path / "student", Sampler()) / "README.md").read_text()
     assert "license: cc-by-nc-4.0" in card and "does not allow commercial use" in card
     with pytest.raises(UserError, match="cannot be referenced, since it is not on the Hub"):
-        export_student(teacher, tmp_path / "other", num_steps=4, shared_components="referenced")
+        export_student(teacher, tmp_path / "other", Sampler(), shared_components="referenced")
     assert not (tmp_path / "other").exists()
 
 
@@ -320,7 +313,7 @@ def test_a_full_disk_leaves_the_earlier_export_and_is_one_sentence(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
         with pytest.raises(UserError, match="student cannot be written: .*; make room, or choose another"):
-            export_student(pipeline, folder, num_steps=2)
+            export_student(pipeline, folder, Sampler(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -360,10 +353,10 @@ def test_a_kill_in_the_middle_of_an_export_does_not_stop_the_next(tmp_path, monk
 
     monkeypatch.setattr(os, "replace", killed_the_third_time)
     with pytest.raises(KeyboardInterrupt):
-        export_student(pipeline, tmp_path / "student", num_steps=4)
+        export_student(pipeline, tmp_path / "student", Sampler())
     monkeypatch.undo()
     assert not (tmp_path / "student" / "model_index.json").exists()
-    export_student(pipeline, tmp_path / "student", num_steps=4)
+    export_student(pipeline, tmp_path / "student", Sampler())
     assert (tmp_path / "student" / "model_index.json").exists()
 
 
@@ -378,7 +371,7 @@ def test_what_cannot_become_a_pipeline_is_refused_in_a_sentence(tmp_path):
     pipeline = tiny_pipelines.stable_diffusion_3()
     pipeline.__class__ = type("HomeMadePipeline", (StableDiffusion3Pipeline,), {})
     with pytest.raises(UserError, match="HomeMadePipeline is not a class of diffusers"):
-        export_student(pipeline, tmp_path / "student", num_steps=4)
+        export_student(pipeline, tmp_path / "student", Sampler())
     assert not (tmp_path / "student").exists()
 
 

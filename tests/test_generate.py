@@ -17,8 +17,10 @@ from PIL import Image
 
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.errors import exit_on_user_error
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import export_student
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline
 from hf_flowdistill.networks.loading import load_pipeline
 
 
@@ -41,7 +43,7 @@ def generate(*arguments, cwd):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     kwargs = {"max_sequence_length": 8}
-    return export_student(tiny_pipelines.stable_diffusion_3(), folder, num_steps=4, pipeline_kwargs=kwargs)
+    return export_student(tiny_pipelines.stable_diffusion_3(), folder, Sampler(), pipeline_kwargs=kwargs)
 
 
 def test_a_student_draws_with_its_own_defaults_whatever_the_batch(folder, tmp_path):

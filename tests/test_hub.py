@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_helpers import quiet
 
-from hf_flowdistill.hub.export import export_student
-from hf_flowdistill.hub.student import few_step_pipeline, load_student, read_settings
+from hf_flowdistill.flow.rollout import Sampler
+from hf_flowdistill.hub.export import CardContent, TeacherSource, export_student
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline, load_student
 
 
 __all__ = ["client", "hub", "running_hub"]  # fixtures
@@ -324,13 +327,13 @@ def test_components_can_stay_with_the_teacher(hub, client, teacher, tmp_path, mo
     card = {"license": "other", "license_name": "their-non-commercial-license", "gated": "auto"}
     monkeypatch.setattr(export, "read_teacher_card", lambda *where: card)
     call = {**SANA, "height": 32, "width": 32}
-    how = {"num_steps": 2, "pipeline_kwargs": call, "teacher": "org/teacher", "example_prompt": "a fox"}
+    how = {"sampler": Sampler(2), "pipeline_kwargs": call, "teacher": TeacherSource("org/teacher")}
+    shown = CardContent(example_prompt="a fox")
     with quiet():
-        copied = export_student(teacher, tmp_path / "copied", **how)
-        folder = export_student(
-            teacher, tmp_path / "copied", repo_id="me/small", shared_components="referenced", **how
-        )
-        copied = export_student(teacher, tmp_path / "full", **how)
+        copied = export_student(teacher, tmp_path / "copied", card=shown, **how)
+        published = replace(shown, repo_id="me/small")
+        folder = export_student(teacher, tmp_path / "copied", card=published, shared_components="referenced", **how)
+        copied = export_student(teacher, tmp_path / "full", card=shown, **how)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"transformer", "scheduler"}
     assert client("push", folder, "--repo_id", "me/small")["code"] == 0
     text = (folder / "README.md").read_text()
@@ -370,9 +373,9 @@ def test_the_same_on_the_real_hub(tmp_path):
         folder = export_student(
             tiny_pipelines.stable_diffusion_3(),
             tmp_path / "student",
-            num_steps=4,
+            Sampler(),
             pipeline_kwargs=call,
-            repo_id=repo_id,
+            card=CardContent(repo_id=repo_id),
         )
     try:
         first = upload_student(folder, repo_id, private=True)

@@ -14,6 +14,7 @@ from training_helpers import metrics, quiet, reset_accelerate, script_arguments
 from hf_flowdistill import flow
 from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.data.arguments import add_prompt_arguments, check_prompt_arguments, read_training_prompts
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.methods.method import Method, Update, generate_x0
 from hf_flowdistill.networks import arguments as networks
 from hf_flowdistill.training import arguments as training
@@ -26,7 +27,7 @@ class Regression(Method):
     """The generator's velocity on samples that the teacher makes in two steps: no fake score."""
 
     trains = ("generator",)
-    sampler = {"num_steps": 2, "noise_type": "fresh", "sigmas": None}
+    sampler = Sampler(num_steps=2)
 
     def update(self, step, images_seen):
         return Update({"generator": self.turn}, self.draw, record={"half": images_seen >= 8})

@@ -7,6 +7,7 @@ import json
 from training_helpers import ROOT, run_command
 
 import layout
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.networks.loading import load_pipeline
 
@@ -16,7 +17,7 @@ SCRIPT = ROOT / "examples/shapes/layout.py"
 
 def test_what_the_undistilled_network_gets_wrong(tmp_path):
     teacher = load_pipeline(ROOT / "examples/shapes/teacher")
-    student = export_student(teacher, tmp_path / "student", num_steps=2, pipeline_kwargs=layout.CALL)
+    student = export_student(teacher, tmp_path / "student", Sampler(2), pipeline_kwargs=layout.CALL)
     run_command(SCRIPT, "--student", student, "--num_prompts", 40, "--output_file", tmp_path / "rows.json")
 
     right = {(row["calls"], row["sigma"]): row["accuracy"] for row in json.loads((tmp_path / "rows.json").read_text())}

@@ -22,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from training_helpers import quiet
 
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import export_student
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 
 def exported(folder):
     with quiet():
-        return export_student(tiny_pipelines.stable_diffusion_3(), folder, num_steps=2, pipeline_kwargs=CALL)
+        return export_student(tiny_pipelines.stable_diffusion_3(), folder, Sampler(2), pipeline_kwargs=CALL)
 
 
 def loaded(folder, **how):

@@ -23,9 +23,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from teacher_cases import TEACHERS, learned
 
 from hf_flowdistill.flow import guide
-from hf_flowdistill.flow.rollout import rollout
+from hf_flowdistill.flow.rollout import Sampler, rollout
 from hf_flowdistill.hub.export import export_student
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
@@ -216,10 +217,9 @@ def exported(case, folder, transformer, noise_type="fresh"):
     export_student(
         case.pipeline,
         folder,
-        num_steps=4,
+        Sampler(noise_type=noise_type),
         transformer=transformer,
-        noise_type=noise_type,
-        guidance_off=case.contract.student_arguments(4),
+        contract=case.contract,
         pipeline_kwargs=arguments(case),
     )
     given = {name: getattr(case.pipeline, name) for name in case.teacher.unsaved}

@@ -15,10 +15,11 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.cli import COUNT, ArgumentParser, add_call_arguments, add_origin_arguments, silence_libraries
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error
-from hf_flowdistill.hub.student import few_step_pipeline, load_student, read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline, load_student
 from hf_flowdistill.networks.loading import load_pipeline
 
 
@@ -26,22 +27,16 @@ def parse_args(input_args=None):
     parser = ArgumentParser(prog="generate.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--pretrained_model_name_or_path", metavar="PATH", help="diffusers pipeline folder or Hub id (required)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add_origin_arguments(add)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
-    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
     add("--prompts", nargs="+", default=[], metavar="TEXT", help="what to draw")
     add("--prompt_file", metavar="FILE.txt", help="more prompts, one per line")
-    add("--num_images_per_prompt", type=int, default=1, metavar="N", help="images of each prompt")
-    add("--num_inference_steps", type=int, metavar="N", help="sampler steps; the pipeline's own by default")
+    add("--num_images_per_prompt", type=COUNT, default=1, metavar="N", help="images of each prompt")
+    add("--num_inference_steps", type=COUNT, metavar="N", help="sampler steps; the pipeline's own by default")
     add("--guidance_scale", type=float, metavar="X", help="guidance; the pipeline's own by default, off for students")
-    add("--resolution", type=int, metavar="PIXELS", help="height and width; the pipeline's own by default")
-    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add(
-        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
-    )
+    add_call_arguments(add)
     add("--seed", type=int, default=0, metavar="N", help="of the first image")
-    add("--batch_size", type=int, default=4, metavar="N", help="images drawn together; does not change them")
+    add("--batch_size", type=COUNT, default=4, metavar="N", help="images drawn together; does not change them")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; a student's own, else float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
     add("--output_dir", default="samples", metavar="DIR", help="gets 00000.png, ..., grid.png and metadata.jsonl")
@@ -49,9 +44,6 @@ def parse_args(input_args=None):
 
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
-    for name in ("num_images_per_prompt", "num_inference_steps", "resolution", "height", "width", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
     if args.prompt_file:
         args.prompts = [*args.prompts, *read_prompts(args.prompt_file)]
     if not any(prompt.strip() for prompt in args.prompts):
@@ -73,7 +65,7 @@ def load(args):
     return pipeline.to(args.device)
 
 
-def call_arguments(args, pipeline):
+def given_arguments(args, pipeline):
     """What the command line says about the pipeline's call; the rest is up to the pipeline."""
     given = {
         "num_inference_steps": args.num_inference_steps,
@@ -92,7 +84,7 @@ def main(input_args=None):
     args = parse_args(input_args)
     silence_libraries()
     pipeline = load(args)
-    call = call_arguments(args, pipeline)
+    call = given_arguments(args, pipeline)
     prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]
     output_dir = Path(args.output_dir)
 

@@ -132,7 +132,9 @@ def main(input_args=None):
     if args.dry_run is not None:
         if accelerator.is_main_process:
             autocast = accelerator.mixed_precision == "bf16"
-            print_plan(args, prompts, processes=accelerator.num_processes, autocast=autocast, roles=role_settings(args))
+            print_plan(
+                args, prompts, processes=accelerator.num_processes, autocast=autocast, roles=role_settings(args)
+            )
         return
     run = prepare(args, method, accelerator, prompts, identity)
     with stop_signals() as stopped:

@@ -32,7 +32,8 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.fid import FID
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_cells, row, save_report
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline
 from image_set import STYLES, write_image_set
 from scenes import CATEGORIES, place, render
 from table import check_documents, insert, judged_once, over_seeds

@@ -35,7 +35,8 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.fid import FID
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_table, row, save_report
-from hf_flowdistill.hub.student import few_step_pipeline, read_settings
+from hf_flowdistill.hub.settings import read_settings
+from hf_flowdistill.hub.student import few_step_pipeline
 from hf_flowdistill.training.checkpointing import checkpoints
 from scenes import CATEGORIES, SIZE, random_scene, render
 

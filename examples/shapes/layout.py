@@ -27,7 +27,7 @@ from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.flow.timesteps import few_step_sigmas
-from hf_flowdistill.hub.student import read_settings
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.methods.sid import generate_x0
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract, learn_image_encoder

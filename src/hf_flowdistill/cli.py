@@ -154,6 +154,23 @@ def image_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
+def add_origin_arguments(add) -> None:
+    """--revision and --cache_dir of what comes from the Hub; `add` is a parser's or a group's `add_argument`."""
+    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+
+
+def add_call_arguments(add, resolution: int | None = None) -> None:
+    """The size of a pipeline's images, by default `resolution` or, if that is None, its own, and --pipeline_kwargs."""
+    own = "" if resolution else "; by default the pipeline's"
+    add("--resolution", type=COUNT, default=resolution, metavar="PIXELS", help=f"height and width of the images{own}")
+    add("--height", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
+    add("--width", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
+    add(
+        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
+    )
+
+
 def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:
     """Give the arguments in `defaults` their defaults where they are None, in place; where they are not `wanted`,
     refuse any that is given.

@@ -4,7 +4,7 @@
 
 import torch
 
-from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.cli import ArgumentParser, add_call_arguments, add_origin_arguments, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
@@ -15,22 +15,12 @@ def main(input_args):
     parser = ArgumentParser(prog="flowdistill inspect", description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL_OR_PATH", help="a diffusers pipeline: a Hub id or a folder")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    add_origin_arguments(add)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
-    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
-    add("--resolution", type=int, metavar="PIXELS", help="height and width of the images; by default the pipeline's")
-    add("--height", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add("--width", type=int, metavar="PIXELS", help="where it differs from --resolution")
-    add(
-        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
-    )
+    add_call_arguments(add)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
     args = parser.parse_args(input_args)
-    for name in ("resolution", "height", "width"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1.")
-
     check_device(args.device)
     silence_libraries()
     origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Download a repository, if it is not there yet, and compare every file with the Hub's checksum."""
 
-from hf_flowdistill.cli import ArgumentParser
+from hf_flowdistill.cli import ArgumentParser, add_origin_arguments
 from hf_flowdistill.hub.verify import verify_repository
 
 
@@ -10,8 +10,7 @@ def main(input_args):
     parser = ArgumentParser(prog="flowdistill verify", description=__doc__)
     add = parser.add_argument
     add("repo_id", metavar="REPO", help="organisation/name")
-    add("--revision", metavar="NAME", help="branch, tag or commit")
-    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
+    add_origin_arguments(add)
     add("--local_dir", metavar="DIR", help="compare this folder instead, and download nothing")
     add("--hub_token", metavar="TOKEN", help="`hf auth login` or HF_TOKEN keep it off the screen")
     args = parser.parse_args(input_args)

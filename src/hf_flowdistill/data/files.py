@@ -1,7 +1,8 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Files that are, after a crash at any moment or on a full disk, the whole new ones or what there was."""
+"""Files that are, after a crash at any moment or on a full disk, the whole new ones or what there was; checksums."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def replace_text(path: Path, text: str, unfinished: Path | None = None) -> None:
     unfinished.write_text(text)
     flush(unfinished)
     os.replace(unfinished, path)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:  # hashlib.file_digest is not in Python 3.10
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def unfinished_name(name: str) -> str:

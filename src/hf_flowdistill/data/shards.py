@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_flowdistill.data.files import flush, replace_text
+from hf_flowdistill.data.files import checksum, flush, replace_text
 from hf_flowdistill.errors import UserError, first_line
 
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 LOCK_FILE = ".lock"
+DIGITS = 32  # of a checksum, in a name or a key
 UNFINISHED = re.compile(r"unfinished-(\d+|index)\.tmp|\.tmp[A-Za-z0-9]{6}")  # as safetensors names it, before renaming
 
 
@@ -93,7 +94,7 @@ def write_shard(folder: Path, tensors: dict, about: dict[str, str], *, prefix: s
     path = folder / unfinished
     save_file(tensors, path, metadata=about)
     flush(path)
-    os.replace(path, folder / f"{prefix}-{file_digest(path)}.safetensors")
+    os.replace(path, folder / f"{prefix}-{checksum(path)[:DIGITS]}.safetensors")
     flush(folder)
 
 
@@ -113,7 +114,7 @@ def read_about(path: Path, name: str) -> dict[str, Any]:
 
 def check_shard(path: Path) -> None:
     """Raise `UserError` unless the bytes of `path` have the checksum in its name."""
-    if path.stem.rpartition("-")[2] != file_digest(path):
+    if path.stem.rpartition("-")[2] != checksum(path)[:DIGITS]:
         raise corrupt(path, "its bytes do not have the checksum in its name")
 
 
@@ -121,14 +122,6 @@ def corrupt(path: Path, reason: str) -> UserError:
     return UserError(f"the shard {path} is corrupt ({reason}): delete it, and what it holds is encoded again.")
 
 
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()[:32]
-
-
 def json_digest(value: Any) -> str:
     """Of a value that JSON can hold, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -25,18 +25,18 @@ def global_indices(micro_batch: int, batch_size: int, *, rank: int = 0, world_si
     return range(start, start + batch_size)
 
 
-def sample_noise(shape, *, seed: int, step: int, purpose: str, indices, device="cpu", dtype=torch.float32):
+def sample_noise(shape, *, seed: int, step: int, purpose: str, indices, device="cpu"):
     """Standard normal noise of shape [len(indices), *shape], one independent stream per sample.
 
-    `shape` is the shape of one sample. The numbers are drawn on the CPU in float32, so they do not depend on the
-    device, on `dtype`, or on how the global batch is divided among processes and micro-batches.
+    `shape` is the shape of one sample. The numbers are float32 and drawn on the CPU, so they do not depend on the
+    device, or on how the global batch is divided among processes and micro-batches.
     """
     generator = torch.Generator()
     samples = [
         torch.randn(shape, generator=generator.manual_seed(stream_seed(seed, step, purpose, index)))
         for index in indices
     ]
-    return torch.stack(samples).to(device=device, dtype=dtype)
+    return torch.stack(samples).to(device)
 
 
 def draw_k(seed: int, step: int, num_steps: int, *, shares=None, progress: float = 0.0) -> int:

@@ -3,6 +3,7 @@
 """The few-step generator: denoise to x0, noise again to the next sigma, and so on. SiD-DiT Eq. 16."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,21 @@ from hf_flowdistill.flow.timesteps import few_step_sigmas
 
 
 NOISE_TYPES = ("fresh", "fixed", "ddim")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a few-step generator samples: arguments of `rollout`.
+
+    Attributes:
+        num_steps: how many steps; of `sigmas`, where they are given, their number.
+        noise_type: "fresh", "fixed" or "ddim".
+        sigmas: the noise levels, [num_steps]; None is the even grid 1 - i / num_steps.
+    """
+
+    num_steps: int = 4
+    noise_type: str = "fresh"
+    sigmas: Sequence[float] | None = None
 
 
 def rollout(

@@ -58,7 +58,7 @@ COLUMNS = {
     "forwards_per_image": ("transformer forwards per image", "{:g}".format),
     "seconds_per_image": ("seconds per image", "{:.3g}".format),
 }
-DEFAULTS = {  # of what an export has not always noted
+NOT_ALWAYS_NOTED = {  # by exports of earlier versions: what it was then
     "shared_components": "copied",
     "teacher_card": {},
     "run": {},
@@ -108,13 +108,13 @@ def render_card(settings, report, *, location, grid=None) -> str:
         location: what the snippets load: an id or the name of a folder.
         grid: name of a picture.
     """
-    student, training_args = {**DEFAULTS, **settings["student"]}, settings["training_args"]
+    student, training_args = {**NOT_ALWAYS_NOTED, **settings["student"]}, settings["training_args"]
     return _template("student.md").render(
         metadata=card_data(student, training_args, report, location).to_yaml(),
         student=student,
         method=METHODS[student["method"]],
         location=location,
-        call=call_arguments(student["call_defaults"]),
+        call=as_arguments(student["call_defaults"]),
         absent="".join(f"{name}=None, " for name in student["absent_components"]),
         prompt=json.dumps(student["example_prompt"] or "a photograph of a red fox", ensure_ascii=False),
         grid=grid,
@@ -191,7 +191,8 @@ def read_report(path) -> dict:
     return report
 
 
-def call_arguments(call_defaults) -> str:
+def as_arguments(call_defaults) -> str:
+    """As they stand in a call: "height=512, width=512"."""
     return ", ".join(f"{name}={value!r}" for name, value in call_defaults.items())
 
 

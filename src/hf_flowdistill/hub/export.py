@@ -2,11 +2,15 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """A student as an ordinary diffusers repository: it loads with the stock class, and with its own pipeline.py."""
 
+import contextlib
 import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -15,6 +19,7 @@ from safetensors import SafetensorError
 
 import hf_flowdistill
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.card import GRID_FILE, REPORT_FILE, read_report, write_card
 from hf_flowdistill.hub.secrets import without_secrets
 from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_settings
@@ -23,59 +28,84 @@ from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
 from hf_flowdistill.teachers.watch import guiders
 
 
-GUIDANCE_OFF = {"guidance_scale": 1.0}
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a student's teacher is.
+
+    Attributes:
+        path: Hub id or path; None is where the exported pipeline was loaded from.
+        revision: on the Hub.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a student was trained.
+
+    Attributes:
+        arguments: for training_args.json. Secrets and the directories of absolute paths are left out.
+        measured: for the card: any of images_seen, hardware, training_hours, device_hours, and averaged, the number of
+            checkpoints that the weights are the mean of.
+        method: a name in `card.METHODS`; None is what the arguments say.
+        published_by: id of the repository that the weights come from, if somebody else has trained them.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    published_by: str | None = None
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """What a student's card shows of it.
+
+    Attributes:
+        repo_id: where the student will be published, for the snippets.
+        license: identifier of the student's licence; None is what the teacher's card says.
+        example_prompt: what the snippets ask for.
+        grid: a PIL image, or the path of a PNG, of samples.
+        grid_prompts: of the grid, one for each row.
+        report: an evaluation or the path of one, see `card.read_report`.
+    """
+
+    repo_id: str | None = None
+    license: str | None = None
+    example_prompt: str | None = None
+    grid: Image.Image | str | Path | None = None
+    grid_prompts: Sequence[str] = ()
+    report: dict | str | Path | None = None
 
 
 def export_student(
     pipeline,
     output_dir,
+    sampler: Sampler,
     *,
-    num_steps,
     transformer=None,
-    noise_type="fresh",
-    guidance_off=None,
+    contract=None,
     pipeline_kwargs=None,
     dtype=None,
     shared_components="copied",
-    teacher=None,
-    teacher_revision=None,
-    license=None,
-    training_args=None,
-    run=None,
-    method=None,
-    repo_id=None,
-    published_by=None,
-    example_prompt=None,
-    grid=None,
-    grid_prompts=(),
-    report=None,
+    teacher: TeacherSource = TeacherSource(),
+    training: TrainingRecord = TrainingRecord(),
+    card: CardContent = CardContent(),
 ) -> Path:
     """Write `pipeline` with the student's transformer, sampler, pipeline.py, settings and card into `output_dir`.
 
     Args:
         pipeline: the teacher's pipeline. It is left as it is.
-        num_steps: sampler steps of the student; sigma = 1, 1 - 1/n, ..., 1/n, unless the call is given `sigmas`.
+        sampler: of the student. The stock scheduler cannot do the noise type "fixed": such a student is meant to be
+            used through its pipeline.py.
         transformer: the student's, of the same class as the teacher's and not wrapped; default: `pipeline`'s own.
-        noise_type: "fresh" | "fixed" | "ddim", as in training. The stock scheduler cannot do "fixed": such a
-            student is meant to be used through its pipeline.py.
-        guidance_off: the arguments of the pipeline's call that make it the student's, `contract.student_arguments`;
-            default `{"guidance_scale": 1.0}`, which turns guidance off.
+        contract: of the teacher: it knows how guidance is turned off; default: with `guidance_scale=1.0`.
         pipeline_kwargs: further arguments of the call that the student was trained with, which become its defaults.
         dtype: of the transformer's weights; default: as they are.
         shared_components: "copied": text encoders and VAE too, so that the student loads by itself; "referenced": what
             is the student's own only, to be loaded with the rest of a teacher that is on the Hub.
-        teacher: Hub id or path for the card; default: where `pipeline` was loaded from.
-        teacher_revision: of the teacher on the Hub.
-        license: identifier of the student's licence; default: what the teacher's card says.
-        training_args: mapping for training_args.json. Secrets and the directories of absolute paths are left out.
-        run: what the training measured, for the card: any of images_seen, hardware, training_hours, device_hours, and
-            averaged, the number of checkpoints that the weights are the mean of.
-        method: a name in `card.METHODS`; default: what training_args say.
-        repo_id: where the student will be published, for the card's snippets.
-        published_by: id of the repository that the weights come from, if somebody else has trained them.
-        example_prompt: what the card's snippets ask for.
-        grid: a PIL image, or the path of a PNG, of samples, with `grid_prompts`, one for each row.
-        report: an evaluation or the path of one, see `card.read_report`.
 
     Returns:
         The folder.
@@ -86,77 +116,28 @@ def export_student(
             of a teacher that is not on the Hub, if the report cannot be read, or if the disk is full.
         TypeError: if `transformer` is not of the class of the pipeline's transformer.
     """
-    folder = check_export_dir(output_dir)
-    base = type(pipeline).__name__
+    folder, base = check_export_dir(output_dir), type(pipeline).__name__
     if getattr(diffusers, base, None) is None:
         raise UserError(f"{base} is not a class of diffusers: a student of it could not be loaded by anyone else.")
-    guidance_off = GUIDANCE_OFF if guidance_off is None else guidance_off
-    call_defaults = {"num_inference_steps": num_steps, **guidance_off, **(pipeline_kwargs or {})}
-    # Stable Diffusion 3 without its T5, for instance. The stock class wants to be told so again when it loads.
-    optional = type(pipeline)._optional_components
-    absent = [name for name, part in pipeline.components.items() if part is None and name not in optional]
-    code = render_pipeline(type(pipeline), noise_type, call_defaults, absent)
-    teacher = str(teacher or pipeline.config.get("_name_or_path") or base)
-    check_shared_components(shared_components, teacher)
-    report = read_report(report) if isinstance(report, str | Path) else report
-
-    student = copy.copy(pipeline)
-    student._optional_components = [*optional, *absent]
-    transformer = _cast(pipeline.transformer if transformer is None else transformer, dtype)
-    if type(transformer) is not type(pipeline.transformer):
-        raise TypeError(f"the student's {type(transformer).__name__} is no {type(pipeline.transformer).__name__}.")
-    num_train_timesteps = pipeline.scheduler.config.get("num_train_timesteps", 1000)
-    own = {
-        "transformer": transformer,
-        "scheduler": student_scheduler(
-            num_steps, noise_type, num_train_timesteps, last_sigma=call_defaults.get("sigmas", [None])[-1]
-        ),
-        **{name: _switched_off(getattr(pipeline, name)) for name in guiders(pipeline)},
-    }
-    student.register_modules(**own)
-    teacher_card = {"license": license} if license else read_teacher_card(teacher, teacher_revision)
+    call = _call_defaults(sampler, contract, pipeline_kwargs or {})
+    code = render_pipeline(type(pipeline), sampler.noise_type, call, _absent_components(pipeline))
+    teacher = replace(teacher, path=str(teacher.path or pipeline.config.get("_name_or_path") or base))
+    check_shared_components(shared_components, teacher.path)
+    if isinstance(card.report, str | Path):
+        card = replace(card, report=read_report(card.report))
+    transformer = pipeline.transformer if transformer is None else transformer
+    own = _own_components(pipeline, _cast(transformer, dtype), sampler, call)
+    student = _student_settings(pipeline, sampler, call, own, shared_components, teacher, training, card)
     settings = {
         "exported_by": f"hf_flowdistill {hf_flowdistill.__version__}",
-        "student": {
-            "pipeline_class": base,
-            "num_steps": num_steps,
-            "noise_type": noise_type,
-            "call_defaults": call_defaults,
-            "absent_components": absent,
-            "shared_components": shared_components,
-            "own_components": {name: type(component).__name__ for name, component in own.items()},
-            "dtype": str(transformer.dtype).removeprefix("torch."),
-            "teacher": teacher if is_hub_id(teacher) else Path(teacher).name,
-            "base_model": teacher if is_hub_id(teacher) else None,
-            "teacher_revision": teacher_revision,
-            "teacher_card": teacher_card,
-            "method": method or ("sid_adversarial" if (training_args or {}).get("adversarial") else "sid"),
-            "run": run or {},
-            "repo_id": repo_id,
-            "published_by": published_by,
-            "example_prompt": example_prompt,
-            "grid_prompts": list(grid_prompts) if grid is not None else [],
-        },
-        "training_args": without_secrets(training_args or {}),
+        "student": student,
+        "training_args": without_secrets(training.arguments),
     }
-
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        if shared_components == "copied":
-            student.save_pretrained(unfinished)
-        else:
-            for name, component in own.items():
-                component.save_pretrained(unfinished / name)
-        _forget_origin(unfinished)
+    with _written_whole(folder) as unfinished:
+        _save_components(pipeline, own, unfinished, shared_components)
         (unfinished / "pipeline.py").write_text(code, encoding="utf-8")
         write_settings(unfinished, settings)
-        add_results(unfinished, report=report, grid=grid)
-        _move_contents(unfinished, folder)
-        write_card(folder)
-    except (OSError, SafetensorError) as error:  # no room, above all
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{folder} cannot be written: {first_line(error)}; make room, or choose another.") from error
+        add_results(unfinished, report=card.report, grid=card.grid)
     return folder
 
 
@@ -184,6 +165,91 @@ def check_export_dir(output_dir) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and read_settings(folder) is None:
         raise UserError(f"{folder} is not empty and holds no earlier export of a student: choose another folder.")
     return folder
+
+
+def _call_defaults(sampler: Sampler, contract, pipeline_kwargs) -> dict[str, Any]:
+    """What the student's call is given by default. What switches guidance off is not what the teacher was given."""
+    if contract is not None:
+        fixed = contract.student_arguments(sampler.num_steps, sampler.sigmas)
+        pipeline_kwargs = {name: value for name, value in pipeline_kwargs.items() if name not in fixed}
+    else:
+        fixed = {"guidance_scale": 1.0} | ({} if sampler.sigmas is None else {"sigmas": list(sampler.sigmas)})
+    return {"num_inference_steps": sampler.num_steps, **fixed, **pipeline_kwargs}
+
+
+def _absent_components(pipeline) -> list[str]:
+    """Stable Diffusion 3 without its T5, for instance: the stock class wants to be told so again when it loads."""
+    optional = type(pipeline)._optional_components
+    return [name for name, part in pipeline.components.items() if part is None and name not in optional]
+
+
+def _own_components(pipeline, transformer, sampler: Sampler, call_defaults) -> dict[str, Any]:
+    """The student's components that are not its teacher's."""
+    if type(transformer) is not type(pipeline.transformer):
+        raise TypeError(f"the student's {type(transformer).__name__} is no {type(pipeline.transformer).__name__}.")
+    return {
+        "transformer": transformer,
+        "scheduler": student_scheduler(
+            sampler.num_steps,
+            sampler.noise_type,
+            pipeline.scheduler.config.get("num_train_timesteps", 1000),
+            last_sigma=call_defaults.get("sigmas", [None])[-1],
+        ),
+        **{name: _switched_off(getattr(pipeline, name)) for name in guiders(pipeline)},
+    }
+
+
+def _student_settings(pipeline, sampler, call_defaults, own, shared_components, teacher, training, card) -> dict:
+    """What is noted of the student, for its card and for whoever loads it."""
+    adversarial, on_hub = training.arguments.get("adversarial"), is_hub_id(teacher.path)
+    teacher_card = {"license": card.license} if card.license else read_teacher_card(teacher.path, teacher.revision)
+    return {
+        "pipeline_class": type(pipeline).__name__,
+        "num_steps": sampler.num_steps,
+        "noise_type": sampler.noise_type,
+        "call_defaults": call_defaults,
+        "absent_components": _absent_components(pipeline),
+        "shared_components": shared_components,
+        "own_components": {name: type(component).__name__ for name, component in own.items()},
+        "dtype": str(own["transformer"].dtype).removeprefix("torch."),
+        "teacher": teacher.path if on_hub else Path(teacher.path).name,
+        "base_model": teacher.path if on_hub else None,
+        "teacher_revision": teacher.revision,
+        "teacher_card": teacher_card,
+        "method": training.method or ("sid_adversarial" if adversarial else "sid"),
+        "run": dict(training.measured),
+        "repo_id": card.repo_id,
+        "published_by": training.published_by,
+        "example_prompt": card.example_prompt,
+        "grid_prompts": list(card.grid_prompts) if card.grid is not None else [],
+    }
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path):
+    """A folder beside `folder` to write a student into, whose contents then go to `folder` and get a card there."""
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        _forget_origin(unfinished)
+        _move_contents(unfinished, folder)
+        write_card(folder)
+    except (OSError, SafetensorError) as error:  # no room, above all
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {first_line(error)}; make room, or choose another.") from error
+
+
+def _save_components(pipeline, own, folder: Path, shared_components: str) -> None:
+    """The student's `own` components; with "copied" the teacher's others too, and the index."""
+    if shared_components == "referenced":
+        for name, component in own.items():
+            component.save_pretrained(folder / name)
+        return
+    student = copy.copy(pipeline)
+    student._optional_components = [*type(pipeline)._optional_components, *_absent_components(pipeline)]
+    student.register_modules(**own)
+    student.save_pretrained(folder)
 
 
 def _switched_off(guider):

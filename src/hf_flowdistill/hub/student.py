@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.rollout import NOISE_TYPES
 from hf_flowdistill.flow.timesteps import few_step_sigmas
-from hf_flowdistill.hub.settings import read_settings  # noqa: F401  (where scripts look for it)
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.networks.loading import load_pipeline
 
 

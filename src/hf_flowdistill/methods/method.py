@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hf_flowdistill.flow.draws import sample_noise
-from hf_flowdistill.flow.rollout import rollout
+from hf_flowdistill.flow.rollout import Sampler, rollout
 
 
 class Size(NamedTuple):
@@ -131,13 +131,13 @@ class Method:
         return {}
 
     @property
-    def sampler(self) -> dict:
-        """The student's: `num_steps`, `noise_type` and `sigmas`, as `rollout` takes them."""
-        return {name: getattr(self.args, name) for name in ("num_steps", "noise_type", "sigmas")}
+    def sampler(self) -> Sampler:
+        """The student's."""
+        return Sampler(self.args.num_steps, self.args.noise_type, self.args.sigmas)
 
     def generate(self, network, contract, conditional, noises: Callable[[int], Tensor]) -> Tensor:
         """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline makes it."""
-        return generate_x0(network, contract, conditional, noises, **self.sampler)
+        return generate_x0(network, contract, conditional, noises, **vars(self.sampler))
 
     def measure(self, networks, samples: Samples) -> dict[str, float]:
         """What the generator is shown beside in every record, measured once for each size before training."""

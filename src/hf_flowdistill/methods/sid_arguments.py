@@ -15,6 +15,11 @@ GUIDANCE_MODES = ("cfg", "embedded", "both")
 def add_sid_arguments(parser) -> None:
     """Arguments of the student's sampler, of the losses, and of the draws that they take."""
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
+    _add_sampler(add)
+    _add_losses(add)
+
+
+def _add_sampler(add) -> None:
     add("--num_steps", type=COUNT, default=4, metavar="N", help="sampler steps of the student")
     add(
         "--sigmas",
@@ -45,6 +50,9 @@ def add_sid_arguments(parser) -> None:
         help="the fake score learns from what the generator's turn, which then comes first, has made: about a "
         "tenth less work. By default each turn has prompts and images of its own",
     )
+
+
+def _add_losses(add) -> None:
     add("--alpha", type=FINITE, default=1.0, metavar="X", help="of the generator loss; 1 is Eq. 18")
     add("--weighting", default="1-sigma", metavar="NAME", help=f"of the generator loss: {', '.join(WEIGHTINGS)}")
     add("--loss_scale", type=FINITE, default=100.0, metavar="X", help="factor on the generator loss")

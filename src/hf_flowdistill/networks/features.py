@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow import guide
 from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.teachers.conditioning import Conditioning, encode_batch
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.teachers.guidance import guided_velocity
 from hf_flowdistill.teachers.learning import PROMPTS
 from hf_flowdistill.teachers.watch import first_output, undisturbed
 
@@ -71,11 +71,15 @@ def guided_velocity_and_features(
 
     Arguments, gradient and errors as there and in `velocity_and_features`.
     """
-    inputs = contract.guided_inputs(x_t, sigma, conditional, unconditional, scale, mode)
-    velocity, features = velocity_and_features(network, contract, module, *inputs)
-    if len(velocity) > len(x_t):
-        velocity = guide(*velocity.chunk(2), scale)
-    return velocity, features[-len(x_t) :]
+    of_calls = []
+
+    def velocity_fn(*inputs):
+        velocity, features = velocity_and_features(network, contract, module, *inputs)
+        of_calls.append(features)
+        return velocity
+
+    velocity = guided_velocity(velocity_fn, x_t, sigma, conditional, unconditional, scale, mode)
+    return velocity, of_calls[0][-len(x_t) :]
 
 
 def find_projection(pipeline, contract: Contract, name: str | None = None) -> str:

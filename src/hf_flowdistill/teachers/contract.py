@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """How a teacher talks to its transformer, and the velocity at any latent and any sigma that follows from it."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,43 +11,13 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from hf_flowdistill.flow import guide, rescale_guidance
 from hf_flowdistill.flow.timesteps import few_step_sigmas
 from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
+from hf_flowdistill.teachers.guidance import Guidance, guided_inputs, guided_velocity
 from hf_flowdistill.teachers.inference import same
-from hf_flowdistill.teachers.watch import SCALE, first_output
+from hf_flowdistill.teachers.watch import first_output
 from hf_flowdistill.teachers.words import in_words
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How the pipeline does classifier-free guidance.
-
-    Attributes:
-        kind: "doubled" (one call with both halves in its batch), "two calls", or "none".
-        argument: the pipeline's argument that scales it; None if there is none, or if a guider component does it.
-        off: the value of that argument that switches it off, which 1 does here: a pipeline that adds
-            scale (conditional - unconditional) to the conditional half counts from 0.
-        conditional_first: the order of the halves, or of the calls.
-        plain: the pipeline combines the halves as unconditional + scale (conditional - unconditional). Where it does
-            not, `Contract.guided_velocity` still does.
-    """
-
-    kind: str = "none"
-    argument: str | None = None
-    off: float = 1.0
-    conditional_first: bool = False
-    plain: bool = True
-
-    def arguments(self, *, on: bool) -> dict[str, float]:
-        """Arguments of the pipeline's call that switch guidance on, at `watch.SCALE`, or off."""
-        return {} if self.argument is None else {self.argument: SCALE if on else self.off}
-
-    @property
-    def watched_scale(self) -> float:
-        """The scale, counted as here, of guided calls that are watched."""
-        return SCALE + 1 - self.off
 
 
 @dataclass(frozen=True)
@@ -189,33 +160,10 @@ class Contract:
 
         Gradient flows through all calls. Other arguments, returned tensor and errors as in `velocity`.
         """
-        inputs = self.guided_inputs(x_t, sigma, conditional, unconditional, scale, mode)
-        velocity = self.velocity(transformer, *inputs)
-        guided = velocity if len(velocity) == len(x_t) else guide(*velocity.chunk(2), scale)
-        if scale == 1 or not rescale:
-            return guided
-        if mode in ("embedded", "both"):
-            unguided = self.velocity(transformer, x_t, sigma, conditional.with_embedded_guidance(1.0))
-        else:
-            unguided = velocity[len(x_t) :]
-        return rescale_guidance(guided, unguided, x_t, sigma, rescale)
+        velocity_fn = functools.partial(self.velocity, transformer)
+        return guided_velocity(velocity_fn, x_t, sigma, conditional, unconditional, scale, mode, rescale)
 
-    def guided_inputs(
-        self, x_t, sigma, conditional, unconditional, scale, mode=None
-    ) -> tuple[Tensor, Tensor, Conditioning]:
-        """(x_t, sigma, conditioning) with which `guided_velocity` calls `velocity`.
-
-        Of B samples, or of twice as many, the unconditional half first: the conditional half is the last B of either.
-        """
-        if mode is not None:
-            embedded = 1.0 if mode == "cfg" else scale
-            conditional = conditional.with_embedded_guidance(embedded)
-            unconditional = unconditional.with_embedded_guidance(embedded)
-        if scale == 1 or mode == "embedded":
-            return x_t, sigma, conditional
-        batch = x_t.shape[0]
-        both = Conditioning.cat([unconditional.to(x_t.device).expand(batch), conditional.to(x_t.device).expand(batch)])
-        return torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both
+    guided_inputs = staticmethod(guided_inputs)  # as those who have a contract look for it
 
     @property
     def guidance_modes(self) -> tuple[str, ...]:

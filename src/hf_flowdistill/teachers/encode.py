@@ -85,11 +85,6 @@ class ImageEncoder:
         latents[:, self.source] = standard
         return latents.reshape(-1, *self.latent_shape)
 
-    def to_vae(self, latents: Tensor) -> Tensor:
-        """The inverse of `from_vae`: what the pipeline hands to `vae.decode` for latents [n, *latent_shape]."""
-        flat = latents.detach().float().cpu().flatten(1)[:, self.source]
-        return (self.scale * flat + self.shift).reshape(-1, *self.vae_shape)
-
 
 def learn_image_encoder(pipeline, contract) -> ImageEncoder:
     """How the images of `contract`'s size become its latents, learned from what the pipeline does with latents.

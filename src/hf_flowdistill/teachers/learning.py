@@ -13,7 +13,8 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow import guide
 from hf_flowdistill.teachers import inference
 from hf_flowdistill.teachers.arguments import get
-from hf_flowdistill.teachers.contract import Contract, Guidance
+from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.teachers.guidance import Guidance
 from hf_flowdistill.teachers.inference import as_batch, refuse, relative_error
 from hf_flowdistill.teachers.replay import distance, half_velocities, replay_errors, what_does_not_fit
 from hf_flowdistill.teachers.watch import (

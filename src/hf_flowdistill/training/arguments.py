@@ -14,10 +14,11 @@ from hf_flowdistill.cli import (
     DECAY,
     NATURAL,
     POSITIVE,
+    add_call_arguments,
+    add_origin_arguments,
     check_installed,
     check_output_dir,
     image_sizes,
-    json_object,
 )
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.push import check_push
@@ -37,12 +38,9 @@ hub_private_repo resolution dry_run images_per_second image_cache_dir streaming"
 def add_teacher_arguments(parser) -> None:
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_model_name_or_path", metavar="PATH", help="the teacher: a diffusers folder or Hub id")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
-    add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
-    add("--resolution", type=COUNT, default=1024, metavar="PIXELS", help="height and width of the images")
-    add("--height", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
-    add("--width", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
+    add_origin_arguments(add)
+    add_call_arguments(add, resolution=1024)
     add(
         "--aspect_ratio_buckets",
         type=image_sizes,
@@ -50,9 +48,6 @@ def add_teacher_arguments(parser) -> None:
         help="several sizes instead of --resolution, one for each update; the first is the student's default",
     )
     add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
-    add(
-        "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
-    )
 
 
 def add_optimization_arguments(parser) -> None:

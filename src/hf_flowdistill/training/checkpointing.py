@@ -3,7 +3,6 @@
 """Checkpoints that are either whole or absent, and the record of which run they belong to."""
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hf_flowdistill.data.files import flush, replace_text, unfinished_name
+from hf_flowdistill.data.files import checksum, flush, replace_text, unfinished_name
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.training.checkpoint_files import are_sharded, read_shards, read_whole, write_shards, write_whole
 from hf_flowdistill.training.distributed import is_distributed, on_main, process_rank, together
@@ -69,7 +68,7 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
         mine = [
             p for p in unfinished.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name[:2] != "__")
         ]
-        return {path.name: _checksum(path) for path in mine}
+        return {path.name: checksum(path) for path in mine}
 
     def finish(checksums: list[dict[str, str]]):
         lines = sorted(f"{digest}  {name}\n" for part in checksums for name, digest in part.items())
@@ -93,11 +92,15 @@ def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict
             )
         return None
     if rank == 0 and total_limit is not None:
-        for old in checkpoints(output_dir)[:-total_limit]:
-            doomed = old.with_name(old.name + ".tmp")  # half deleted, it must not pass for a checkpoint
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+        _delete(checkpoints(output_dir)[:-total_limit])
     return target
+
+
+def _delete(old: list[Path]) -> None:
+    for path in old:
+        doomed = path.with_name(path.name + ".tmp")  # half deleted, it must not pass for a checkpoint
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def _put_in_place(unfinished: Path, target: Path) -> None:
@@ -237,19 +240,11 @@ def _damage(path: Path) -> str | None:
     size = dist.get_world_size() if is_distributed() else 1
     for digest, _, name in [line.partition("  ") for line in lines][process_rank() :: size]:
         try:
-            if _checksum(path / name) != digest:
+            if checksum(path / name) != digest:
                 return f"{name} does not have its checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _unreadable(path: Path, reason: str) -> str:

@@ -77,7 +77,7 @@ class Record:
 
     def _show(self, record: dict) -> None:
         run = self._run
-        for sentence in monitors.watch(record, run.state["averages"], num_steps=run.method.sampler["num_steps"]):
+        for sentence in monitors.watch(record, run.state["averages"], num_steps=run.method.sampler.num_steps):
             self._bar.clear()
             logger.warning(sentence)
         self._file.write(record)

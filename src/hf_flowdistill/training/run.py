@@ -14,7 +14,7 @@ How a script uses it, with its own loop in between:
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_flowdistill.flow.draws import draw_bucket, global_indices, sample_noise, stream_seed
-from hf_flowdistill.hub.export import export_student
+from hf_flowdistill.hub.export import CardContent, TeacherSource, TrainingRecord, export_student
 from hf_flowdistill.hub.push import push_student
 from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.method import Method, Samples, Size
@@ -213,7 +213,7 @@ def start_as_student(args, method: Method, networks: Networks, teacher: Teacher)
     """Give the generator the weights of the student that it goes on with."""
     path = args.student_model_name_or_path
     load_weights(path, networks.generator, teacher.pipeline.transformer, teacher.sharding, cache_dir=args.cache_dir)
-    if changed := sampler_change(path, *method.sampler.values(), cache_dir=args.cache_dir):
+    if changed := sampler_change(path, *astuple(method.sampler), cache_dir=args.cache_dir):
         logger.warning(changed)
 
 
@@ -242,25 +242,23 @@ def finish(run: Run) -> None:
     student = run.teacher.sharding.gather(run.ema.model)
     if not run.accelerator.is_main_process:
         return
-    sampler = run.method.sampler
-    guidance_off = run.teacher.contracts[0].student_arguments(sampler["num_steps"], sampler["sigmas"])
-    defaults = args.pipeline_kwargs | {"height": args.height, "width": args.width}
     student_dir = export_student(
         run.teacher.pipeline,
         Path(args.output_dir, "student"),
-        num_steps=sampler["num_steps"],
+        run.method.sampler,
         transformer=merged(student),
-        noise_type=sampler["noise_type"],
-        guidance_off=guidance_off,
-        pipeline_kwargs={name: value for name, value in defaults.items() if name not in guidance_off},
-        teacher=args.pretrained_model_name_or_path,
-        teacher_revision=args.revision,
-        training_args=used_arguments(run),
-        repo_id=args.hub_model_id,
-        example_prompt=(args.validation_prompts or run.texts.prompts.distinct)[0],
-        run=monitors.training_facts(args.output_dir, state),
-        grid=monitors.last_sheet(args.output_dir, state),
-        grid_prompts=args.validation_prompts,
+        contract=run.teacher.contracts[0],
+        pipeline_kwargs=args.pipeline_kwargs | {"height": args.height, "width": args.width},
+        teacher=TeacherSource(args.pretrained_model_name_or_path, args.revision),
+        training=TrainingRecord(
+            arguments=used_arguments(run), measured=monitors.training_facts(args.output_dir, state)
+        ),
+        card=CardContent(
+            repo_id=args.hub_model_id,
+            example_prompt=(args.validation_prompts or run.texts.prompts.distinct)[0],
+            grid=monitors.last_sheet(args.output_dir, state),
+            grid_prompts=args.validation_prompts,
+        ),
     )
     lora = save_lora(run.teacher.pipeline, student, student_dir)
     logger.info(f"the student is in {student_dir}" + (f", its LoRA in {lora.name}" if lora else ""))
