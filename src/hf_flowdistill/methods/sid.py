@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,38 +120,38 @@ def generator_turn(networks: Networks, contract, batch: SiDBatch, config: SiDCon
     parameters the caller has frozen (`Networks.training("generator")`).
     """
 
-    def predict_fake(*guided):
-        return contract.guided_velocity(networks.fake_score, *guided), None
-
-    return distil(networks, contract, batch, config, predict_fake).sid
-
-
-class Distillation(NamedTuple):
-    """What `distil` has: `sid`, the loss and its metrics; the x0 of generator and teacher; what else the fake score
-    gave."""
-
-    sid: tuple[Tensor, dict[str, Tensor]]
-    x0: Tensor
-    x0_teacher: Tensor
-    features: Any
+    x0, x_t = generate_noised(networks, contract, batch, config)
+    x0_teacher = flow.x0_from_velocity(x_t, teacher_velocity(networks, contract, batch, config, x_t), batch.sigma)
+    velocity_fake = contract.guided_velocity(networks.fake_score, *fake_inputs(batch, config, x_t))
+    x0_fake = flow.x0_from_velocity(x_t, velocity_fake, batch.sigma)
+    return distillation_loss(x0, x0_teacher, x0_fake, batch, config)
 
 
-def distil(networks: Networks, contract, batch: SiDBatch, config: SiDConfig, predict_fake: Callable) -> Distillation:
-    """Eq. 18 with a fake score that may give more than its velocity, from the same pass.
-
-    Args:
-        predict_fake: (x_t, sigma, conditional, unconditional, scale, mode) -> (velocity, whatever else).
-    """
+def generate_noised(networks: Networks, contract, batch: SiDBatch, config: SiDConfig) -> tuple[Tensor, Tensor]:
+    """x0 of the generator, with its graph, and x_t, its noised form; without graph x0 stays in the batch."""
     x0 = generate(networks, contract, batch, config)
     batch.x0 = x0.detach()
-    x_t = flow.add_noise(x0, batch.noise, batch.sigma)
-    seen = x_t, batch.sigma, batch.conditional, batch.unconditional
-    of_teacher = contract.guided_velocity(
-        networks.teacher, *seen, config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale
+    return x0, flow.add_noise(x0, batch.noise, batch.sigma)
+
+
+def teacher_velocity(networks: Networks, contract, batch: SiDBatch, config: SiDConfig, x_t: Tensor) -> Tensor:
+    """The guided teacher's, [B, ...], of the generator's loss."""
+    return contract.guided_velocity(
+        networks.teacher,
+        *(x_t, batch.sigma, batch.conditional, batch.unconditional),
+        *(config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale),
     )
-    of_fake, features = predict_fake(*seen, config.fake_guidance_scale, config.fake_guidance_mode)
-    x0_teacher, x0_fake = (flow.x0_from_velocity(x_t, velocity, batch.sigma) for velocity in (of_teacher, of_fake))
-    loss = sid_generator_loss(
+
+
+def fake_inputs(batch: SiDBatch, config: SiDConfig, x_t: Tensor) -> tuple:
+    """What the guided fake score is given in the generator's loss, as `Contract.guided_velocity` takes it."""
+    conditioning = batch.conditional, batch.unconditional
+    return x_t, batch.sigma, *conditioning, config.fake_guidance_scale, config.fake_guidance_mode
+
+
+def distillation_loss(x0: Tensor, x0_teacher: Tensor, x0_fake: Tensor, batch: SiDBatch, config: SiDConfig):
+    """`sid_generator_loss`, with the batch's sigma and the settings' weights."""
+    return sid_generator_loss(
         x0,
         x0_teacher,
         x0_fake,
@@ -160,7 +160,6 @@ def distil(networks: Networks, contract, batch: SiDBatch, config: SiDConfig, pre
         weighting=config.weighting,
         scale=config.loss_scale,
     )
-    return Distillation(loss, x0, x0_teacher, features)
 
 
 class SiD(Method):

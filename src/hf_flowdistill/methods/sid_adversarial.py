@@ -7,7 +7,6 @@ the captions that they came with; the generator's with theirs, by the conditiona
 loss makes anyway.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -98,16 +97,18 @@ def generator_turn(networks: Networks, contract, batch: AdversarialBatch, config
     of the gradients a and s of the two terms with respect to x0. That takes two more backward passes through the fake
     score and one through the teacher.
     """
-    predict_fake = functools.partial(
-        guided_velocity_and_features, networks.fake_score, contract, config.discriminator_features
+    x0, x_t = sid.generate_noised(networks, contract, batch, config)
+    of_teacher = sid.teacher_velocity(networks, contract, batch, config, x_t)
+    of_fake, logits = guided_velocity_and_features(
+        networks.fake_score, contract, config.discriminator_features, *sid.fake_inputs(batch, config, x_t)
     )
-    made = sid.distil(networks, contract, batch, config, predict_fake)
-    distillation, metrics = made.sid
-    weight = get_weighting(config.weighting)(batch.sigma, made.x0.detach(), made.x0_teacher.detach())
-    adversarial = adversarial_generator_loss(made.features, weight, elements=math.prod(contract.latent_shape))
+    x0_teacher, x0_fake = (flow.x0_from_velocity(x_t, velocity, batch.sigma) for velocity in (of_teacher, of_fake))
+    distillation, metrics = sid.distillation_loss(x0, x0_teacher, x0_fake, batch, config)
+    weight = get_weighting(config.weighting)(batch.sigma, x0.detach(), x0_teacher.detach())
+    adversarial = adversarial_generator_loss(logits, weight, elements=math.prod(contract.latent_shape))
     terms = (1 - config.adversarial_weight) * distillation, config.adversarial_weight * adversarial
     if batch.measured:
-        gradients = [torch.autograd.grad(term, made.x0, retain_graph=True)[0].flatten(1) for term in terms]
+        gradients = [torch.autograd.grad(term, x0, retain_graph=True)[0].flatten(1) for term in terms]
         norms = [gradient.float().norm(dim=1) for gradient in gradients]
         metrics["adversarial_share"] = (norms[1] / (norms[0] + norms[1])).mean()
     return sum(terms), {**metrics, "adversarial_loss": adversarial.detach()}

@@ -43,7 +43,9 @@ def common_settings(found) -> dict:
                     f"{first} and {other} differ in {name} ({mine} and {theirs}): give runs of one teacher, with the "
                     "same sampler and networks."
                 )
-    used = [state["settings"] | state.get("used", {}) for state in found.values()]  # runs of earlier versions have none
+    used = [
+        state["settings"] | state.get("used", {}) for state in found.values()
+    ]  # runs of earlier versions have none
     values = {name: [one.get(name) for one in used] for name in used[0]}
     return {name: given[0] if all(one == given[0] for one in given) else given for name, given in values.items()}
 
