@@ -121,7 +121,7 @@ def summarize(rows: list[dict]) -> str:
 
 def parse_args():
     parser = build_parser(
-        *(__doc__, "shapes-adversarial", "adversarial.json", "shapes.md", "recipe_adversarial.yaml")
+        *(__doc__, "shapes-adversarial", "adversarial.json", "shapes_search.md", "recipe_adversarial.yaml")
     )
     parser.add_argument("--student", default="demo/run/student", help="to go on with; may contain {seed}")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
