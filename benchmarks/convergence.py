@@ -21,10 +21,12 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples" / "shapes"), str(ROOT / "examples" / "score_distillation")]
+FOLDERS = ("src", "examples/shapes", "examples/shapes/studies", "examples/score_distillation")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import torch  # noqa: E402
 import train_sid_dit  # noqa: E402
+from study import predict_x0  # noqa: E402
 
 from demo import HERE, Judge, judge_checkpoints, load_pipelines, plt  # noqa: E402
 from hf_flowdistill import flow  # noqa: E402
@@ -52,15 +54,11 @@ def dmd_generator_turn(networks, contract, batch, config):
     batch.x0 = x0.detach()
     with torch.no_grad():
         x_t = flow.add_noise(x0, batch.noise, batch.sigma)
-        words = batch.conditional, batch.unconditional
-
-        def predict_x0(network, *guidance):
-            velocity = contract.guided_velocity(network, x_t, batch.sigma, *words, *guidance)
-            return flow.x0_from_velocity(x_t, velocity, batch.sigma)
-
+        words = x_t, batch.sigma, batch.conditional, batch.unconditional
         of_teacher = config.teacher_guidance_scale, config.guidance_mode, config.guidance_rescale
-        x0_teacher = predict_x0(networks.teacher, *of_teacher)
-        gap = predict_x0(networks.fake_score, config.fake_guidance_scale, config.fake_guidance_mode) - x0_teacher
+        of_fake = config.fake_guidance_scale, config.fake_guidance_mode
+        x0_teacher = predict_x0(contract, networks.teacher, *words, *of_teacher)
+        gap = predict_x0(contract, networks.fake_score, *words, *of_fake) - x0_teacher
         size = (x0 - x0_teacher).abs().flatten(1).mean(1)
     per_image = (gap * x0).flatten(1).sum(1) / size
     statistics = {f"x0_{name}": value for name, value in x0_statistics(x0.detach()).items()}

@@ -91,7 +91,7 @@ def test_a_method_of_one_file_trains_resumes_and_exports(tmp_path):
 
     student = tmp_path / "whole" / "student"
     settings = json.loads((student / "training_args.json").read_text())
-    assert settings["student"]["num_steps"] == 2 and settings["images_seen"] == 12
+    assert settings["student"]["num_steps"] == 2 and settings["training_args"]["images_seen"] == 12
     pipeline = DiffusionPipeline.from_pretrained(student, custom_pipeline=str(student), trust_remote_code=True)
     assert pipeline("red circle", generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
 

@@ -105,4 +105,4 @@ def test_mistakes_are_told_before_anything_starts(mistake, tmp_path):
 
 def test_the_documents_table_is_that_of_the_results():
     rows = json.loads((ROOT / "docs/results/adversarial.json").read_text())
-    assert summarize(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+    assert summarize(rows) in (ROOT / "docs/shapes_search.md").read_text(encoding="utf-8")

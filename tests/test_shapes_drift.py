@@ -1,6 +1,6 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The measurement behind the drift section of docs/shapes.md."""
+"""The measurement behind the drift section of docs/shapes_search.md."""
 
 import argparse
 import copy
@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drift
 import pytest
 import torch
 
-import drift
+from demo import CALL
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 
@@ -24,7 +25,7 @@ PROMPTS = ["a red circle", "two blue squares", "a green triangle", "a circle and
 @pytest.fixture(scope="module")
 def shapes():
     pipeline = load_pipeline(ROOT / "examples/shapes/teacher")
-    contract = learn_contract(pipeline, height=40, width=40, pipeline_kwargs=drift.CALL)
+    contract = learn_contract(pipeline, height=40, width=40, pipeline_kwargs=CALL)
     latents = torch.randn(4, *contract.latent_shape, generator=torch.Generator().manual_seed(0))
     return (
         pipeline,
@@ -43,7 +44,7 @@ def test_latents_are_those_of_the_pipeline(shapes):
     stock = copy.copy(pipeline)
     stock.register_modules(scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=1.0))
     sigmas = [1.0, 0.75, 0.5, 0.25]
-    called = stock(PROMPTS, sigmas=sigmas, guidance_scale=2.0, latents=noise, output_type="latent", **drift.CALL)
+    called = stock(PROMPTS, sigmas=sigmas, guidance_scale=2.0, latents=noise, output_type="latent", **CALL)
     assert (made - called.images).abs().max() < 1e-4
 
 
@@ -96,7 +97,7 @@ def test_fitting_lowers_the_loss_on_its_latents(shapes):
 
 @pytest.mark.parametrize("words", [["--num_latents", "500"], ["--guidance_scale", "1"]])
 def test_a_mistake_is_one_sentence(words):
-    script = str(ROOT / "examples/shapes/drift.py")
+    script = str(ROOT / "examples/shapes/studies/drift.py")
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -104,4 +105,4 @@ def test_a_mistake_is_one_sentence(words):
 
 def test_the_document_shows_the_figures():
     rows = json.loads((ROOT / "docs/results/shapes_drift.json").read_text())
-    assert drift.format_rows(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+    assert drift.format_rows(rows) in (ROOT / "docs/shapes_search.md").read_text(encoding="utf-8")

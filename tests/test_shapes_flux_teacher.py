@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from training_helpers import ROOT, run_command
 
+from fitting import Float32, mixed_precision
 from hf_flowdistill.teachers import learn_contract
 from train_flux_teacher import build_pipeline, pack, start_from
-from train_teacher import Float32, mixed_precision
 
 
 TEACHER = ROOT / "examples/shapes/teacher"

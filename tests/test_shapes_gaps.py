@@ -4,14 +4,13 @@
 
 import json
 
+import gaps
 import pytest
 import torch
 from training_helpers import ROOT, run_command
 
-import gaps
 
-
-SCRIPT = ROOT / "examples/shapes/gaps.py"
+SCRIPT = ROOT / "examples/shapes/studies/gaps.py"
 
 
 def test_the_gap_is_the_norm_over_each_picture_and_the_mean_of_its_kind():
@@ -53,4 +52,4 @@ def test_a_folder_without_a_training_is_refused(tmp_path):
 
 def test_the_document_shows_the_figures():
     rows = json.loads((ROOT / "docs/results/shapes_gaps.json").read_text())
-    assert gaps.format_rows(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+    assert gaps.format_rows(rows) in (ROOT / "docs/shapes_search.md").read_text(encoding="utf-8")

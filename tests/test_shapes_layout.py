@@ -4,20 +4,21 @@
 
 import json
 
+import layout
 from training_helpers import ROOT, run_command
 
-import layout
+from demo import CALL
 from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.networks.loading import load_pipeline
 
 
-SCRIPT = ROOT / "examples/shapes/layout.py"
+SCRIPT = ROOT / "examples/shapes/studies/layout.py"
 
 
 def test_what_the_undistilled_network_gets_wrong(tmp_path):
     teacher = load_pipeline(ROOT / "examples/shapes/teacher")
-    student = export_student(teacher, tmp_path / "student", Sampler(2), pipeline_kwargs=layout.CALL)
+    student = export_student(teacher, tmp_path / "student", Sampler(2), pipeline_kwargs=CALL)
     run_command(SCRIPT, "--student", student, "--num_prompts", 40, "--output_file", tmp_path / "rows.json")
 
     right = {(row["calls"], row["sigma"]): row["accuracy"] for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -35,4 +36,4 @@ def test_a_folder_without_a_student_is_refused(tmp_path):
 
 def test_the_document_shows_the_figures():
     rows = json.loads((ROOT / "docs/results/shapes_layout.json").read_text())
-    assert layout.format_rows(rows) in (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
+    assert layout.format_rows(rows) in (ROOT / "docs/shapes_search.md").read_text(encoding="utf-8")

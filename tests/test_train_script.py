@@ -31,6 +31,7 @@ from training_helpers import (
     script_arguments,
 )
 
+from hf_flowdistill.cli import main as flowdistill
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.methods import sid
@@ -365,6 +366,27 @@ def test_an_output_folder_belongs_to_one_run(tmp_path):
     shutil.rmtree(output_dir / "checkpoint-4")
     run_here(*script_arguments(output_dir, resume_from_checkpoint="latest", max_train_images=4))
     assert [line["images_seen"] for line in metrics(output_dir)] == [4]
+
+
+def test_what_was_used_is_recorded_and_not_what_was_asked(tmp_path):
+    """Of a run and of its checkpoint: modes of guidance by default, the alpha of a LoRA, the precision as launched."""
+    run_here(*script_arguments(tmp_path / "run", "--networks=lora", max_train_images=4, rank=2))
+    with quiet():
+        flowdistill(["export", str(tmp_path / "run"), "--output_dir", str(tmp_path / "exported")])
+    for student in (tmp_path / "run" / "student", tmp_path / "exported"):
+        used = read_settings(student)["training_args"]
+        assert (used["guidance_mode"], used["fake_guidance_mode"]) == ("cfg", "cfg")
+        assert (used["lora_alpha"], used["mixed_precision"]) == (2, "no")
+
+
+def test_a_training_whose_length_counts_cannot_be_made_longer(tmp_path):
+    shares = ["--num_steps=2", "--step_shares", 0.5, 0.5]
+    run_here(*script_arguments(tmp_path / "run", *shares, max_train_images=4))
+    sentence = (
+        r"max_train_images \(was 4, now 8\); a training with --lr_scheduler .* --step_shares, cannot be made longer"
+    )
+    with pytest.raises(UserError, match=sentence):
+        run_here(*script_arguments(tmp_path / "run", *shares, "--resume_from_checkpoint=latest", max_train_images=8))
 
 
 def test_what_is_no_run_of_ours_is_left_alone(tmp_path):

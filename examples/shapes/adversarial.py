@@ -14,7 +14,6 @@ standard deviations as a table into the --documents, between two marked lines. R
 on where it stopped. Other arguments are those of train_sid_dit.py.
 """
 
-import argparse
 import functools
 import os
 import random
@@ -24,19 +23,17 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from demo import CALL, HERE, REPOSITORY, Judge, train
+from demo import CALL, HERE, Judge, load_student, train
 from detector import accuracy
 from features import FeatureNetwork
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.fid import FID
 from hf_flowdistill.evaluation.generate import generate
-from hf_flowdistill.evaluation.report import format_cells, row, save_report
-from hf_flowdistill.hub.settings import read_settings
-from hf_flowdistill.hub.student import few_step_pipeline
+from hf_flowdistill.evaluation.report import format_cells, row
 from image_set import STYLES, write_image_set
 from scenes import CATEGORIES, place, render
-from table import check_documents, insert, judged_once, over_seeds
+from table import build_parser, check_documents, check_prompts, judged_once, over_seeds, publish
 
 
 MARKS = ("<!-- table of `make shapes-adversarial` -->", "<!-- end of that table -->")
@@ -88,10 +85,6 @@ class StyleJudge(Judge):
         return row(name, num_steps, guidance_scale, generated, *right, fid) | {"fid_posters": fid_posters}
 
 
-def load_student(folder: Path):
-    return few_step_pipeline(DiffusionPipeline.from_pretrained(folder), read_settings(folder))
-
-
 def judge_seed(args, seed: int, students: dict[str, Path]) -> list[dict]:
     """The rows of one seed: real pictures of both styles, the teacher, the students."""
     judge = StyleJudge(args.num_prompts, 4052 + seed)
@@ -127,29 +120,18 @@ def summarize(rows: list[dict]) -> str:
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(
+        *(__doc__, "shapes-adversarial", "adversarial.json", "shapes_search.md", "recipe_adversarial.yaml")
+    )
     parser.add_argument("--student", default="demo/run/student", help="to go on with; may contain {seed}")
-    parser.add_argument("--output_dir", default="shapes-adversarial", help="default: shapes-adversarial")
-    parser.add_argument(
-        "--results", default=str(REPOSITORY / "docs/results/adversarial.json"), help="file of all rows"
-    )
-    parser.add_argument(
-        "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--images", type=int, default=6000, help="in each image set")
-    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
-    parser.add_argument("--config", default=str(HERE / "recipe_adversarial.yaml"), help="of train_sid_dit.py")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
-    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
     return parser.parse_known_args()
 
 
 def main():
     args, more = parse_args()
-    if args.num_prompts < len(CATEGORIES) * 10:
-        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    check_prompts(args.num_prompts)
     if args.images < 1:
         raise UserError(f"--images is {args.images}: it must be at least 1.")
     students = {seed: Path(args.student.replace("{seed}", str(seed))).resolve() for seed in args.seeds}
@@ -174,11 +156,7 @@ def main():
         settings = {"num_prompts": args.num_prompts, "stages": stages, "student": str(student)}
         judge = functools.partial(judge_seed, args, seed, {"student, before": student, **after})
         rows += [one | {"seed": seed} for one in judged_once(folder / "report.json", settings, judge)]
-    save_report(rows, args.results)
-    table = summarize(rows)
-    for document in args.documents:
-        insert(table, Path(document), MARKS)
-    print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
+    publish(rows, summarize(rows), args, MARKS)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.generate import generate
 from hf_flowdistill.evaluation.report import format_cells
-from scenes import CATEGORIES, COLOURS, USUAL_COLOURS, random_scene, render
-from table import check_documents, insert
+from scenes import COLOURS, USUAL_COLOURS, random_scene, render
+from table import check_documents, check_prompts, insert
 
 
 MARKS = ("<!-- table of colours.py -->", "<!-- end of the colours -->")
@@ -95,8 +95,7 @@ def main():
         "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
     )
     args = parser.parse_args()
-    if args.num_prompts < len(CATEGORIES) * 10:
-        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    check_prompts(args.num_prompts)
     for student in args.students:
         if not Path(student, "model_index.json").is_file():
             raise UserError(f"{student} is no student: `make demo` makes one, or name another with --students.")

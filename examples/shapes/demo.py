@@ -159,17 +159,17 @@ class Judge:
         )
 
 
+def load_student(folder: Path):
+    """A student with its own pipeline class, without running code from its folder."""
+    return few_step_pipeline(DiffusionPipeline.from_pretrained(folder), read_settings(folder))
+
+
 def load_pipelines(teacher_dir: Path, student_dir: Path) -> dict:
-    """The teacher; its untrained network under the student's sampler; the student with its own pipeline class."""
-    teacher, student = (DiffusionPipeline.from_pretrained(folder) for folder in (teacher_dir, student_dir))
-    settings = read_settings(student_dir)
+    """The teacher; its untrained network under the student's sampler; the student."""
+    teacher, student = DiffusionPipeline.from_pretrained(teacher_dir), load_student(student_dir)
     undistilled = copy.copy(student)
     undistilled.register_modules(transformer=teacher.transformer)
-    return {
-        "teacher": teacher,
-        "undistilled": few_step_pipeline(undistilled, settings),
-        "student": few_step_pipeline(student, settings),
-    }
+    return {"teacher": teacher, "undistilled": undistilled, "student": student}
 
 
 def own_steps(student_dir: Path) -> int:

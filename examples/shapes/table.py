@@ -122,17 +122,39 @@ def insert(table: str, document: Path, marks: tuple[str, str] = MARKS) -> None:
     document.write_text(f"{before}{marks[0]}\n\n{table}\n\n{marks[1]}{after}", encoding="utf-8")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="shapes-table", help="where the runs are (default: shapes-table)")
-    parser.add_argument("--results", default=str(REPOSITORY / "docs/results/shapes.json"), help="file of all rows")
+def publish(rows: list[dict], table: str, args, marks: tuple[str, str] = MARKS) -> None:
+    """Write all rows to --results and the table into the --documents, and print it."""
+    save_report(rows, args.results)
+    for document in args.documents:
+        insert(table, Path(document), marks)
+    print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
+
+
+def check_prompts(count: int) -> None:
+    """Raise `UserError` if there are too few prompts to judge every category."""
+    if count < len(CATEGORIES) * 10:
+        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+
+
+def build_parser(description: str, output_dir: str, results: str, document: str, config: str):
+    """The arguments of a table over seeds, with these defaults: names in the working directory, in docs/results, in
+    docs and beside this script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default=output_dir, help="where the runs are (default: %(default)s)")
+    parser.add_argument("--results", default=str(REPOSITORY / "docs/results" / results), help="file of all rows")
     parser.add_argument(
-        "--documents", nargs="*", default=[str(REPOSITORY / "docs/shapes.md")], help="Markdown files with the marks"
+        "--documents", nargs="*", default=[str(REPOSITORY / "docs" / document)], help="Markdown files with the marks"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
-    parser.add_argument("--config", default=str(HERE / "recipe.yaml"), help="arguments of train_sid_dit.py")
+    parser.add_argument("--config", default=str(HERE / config), help="arguments of train_sid_dit.py")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
+    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
+    return parser
+
+
+def parse_args():
+    parser = build_parser(__doc__, "shapes-table", "shapes.json", "shapes.md", "recipe.yaml")
     parser.add_argument(
         "--reference_guidance_scales",
         nargs="*",
@@ -144,14 +166,12 @@ def parse_args():
         "--trainings", type=int, default=1, help="of each seed; the student is their mean (default: 1)"
     )
     add_sequence_length(parser)
-    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
     return parser.parse_known_args()
 
 
 def main():
     args, more = parse_args()
-    if args.num_prompts < len(CATEGORIES) * 10:
-        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
+    check_prompts(args.num_prompts)
     if args.trainings < 1:
         raise UserError(f"--trainings is {args.trainings}: it must be at least 1.")
     check_documents(args.documents)
@@ -167,11 +187,7 @@ def main():
         }
         judge = functools.partial(judge_seed, args, seed, student)
         rows += [row | {"seed": seed} for row in judged_once(folder / "report.json", settings, judge)]
-    save_report(rows, args.results)
-    table = summarize(rows)
-    for document in args.documents:
-        insert(table, Path(document))
-    print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
+    publish(rows, summarize(rows), args)
 
 
 if __name__ == "__main__":

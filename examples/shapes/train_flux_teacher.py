@@ -27,11 +27,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from demo import HERE
+from fitting import add_fit_arguments, fit, fit_vae, mixed_precision, save
 from hf_flowdistill import flow
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.flow.timesteps import sigma_from_normal
 from scenes import SIZE
-from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, fit, fit_vae, load_renders, mixed_precision, save
+from train_teacher import SHARES, TEXT_LENGTH, build_vae, draw_rows, load_renders
 
 
 MOST_GUIDANCE = 3.0  # guidance scales from 1 to this are learned
@@ -226,13 +227,7 @@ def parse_args():
     parser.add_argument(
         "--relation_share", type=float, default=0.45, help="of a batch: prompts that relate two objects, learned last"
     )
-    parser.add_argument("--steps", type=int, default=13_000, help="transformer steps")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument(
-        "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
-    )
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--compile", action="store_true", help="compile the transformers (needs a C++ compiler)")
+    add_fit_arguments(parser, steps=13_000, batch_size=32)
     return parser.parse_args()
 
 

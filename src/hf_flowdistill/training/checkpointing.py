@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 CHECKSUM_FILE = "SHA256SUMS"  # as of sha256sum, which can check it too
 RUN_FILE = "run.json"
+LENGTH_COUNTS = "; a training with --lr_scheduler linear or cosine, or --step_shares, cannot be made longer or shorter"
 
 
 def checkpoints(output_dir) -> list[Path]:
@@ -259,9 +260,11 @@ def check_same_run(recorded: dict, current: dict) -> None:
     """
     differing = [n for n in sorted(current) if recorded.get(n) != current[n]]
     if differing:
-        listed = ", ".join(f"{n} (was {recorded.get(n)!r}, now {current[n]!r})" for n in differing)
+        was = {n: repr(recorded[n]) if n in recorded else "not recorded" for n in differing}
+        listed = ", ".join(f"{n} (was {was[n]}, now {current[n]!r})" for n in differing)
+        why = "" if "max_train_images" not in differing else LENGTH_COUNTS
         raise UserError(
-            f"what is to be resumed is from a run with other settings, {listed}: use those, or start a new run."
+            f"what is to be resumed is from a run with other settings, {listed}{why}: use those, or start a new run."
         )
 
 

@@ -2,7 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What score distillation would do to pictures that are already right: the guided teacher's own.
 
-    python examples/shapes/drift.py
+    python examples/shapes/studies/drift.py
 
 A fake score is fitted to latents that the teacher itself made, with guidance, in 28 steps. The generator's gradient is
 driven by x0_teacher - x0_fake, which would be zero if such latents were what the distillation is after. The table says
@@ -12,24 +12,17 @@ how far from zero it is, at noised versions of latents held out, for the guided 
     push   <x0_teacher - x0_fake, x0_fake> / <x0_fake, x0_fake>, the part of it that changes only the contrast
 """
 
-import argparse
 import copy
-import json
-import random
-from pathlib import Path
 
 import torch
+from study import build_parser, load_setting, make_latents, predict_x0, report
 
-from demo import CALL, HERE
 from hf_flowdistill import flow
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.flow.timesteps import logit_normal
 from hf_flowdistill.losses.sid import fake_score_loss
-from hf_flowdistill.networks.loading import load_pipeline
-from hf_flowdistill.teachers import encode_prompts, learn_contract
-from scenes import random_scene
 
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -37,25 +30,12 @@ HELD_OUT = 400
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
+    parser = build_parser(__doc__, seed=0)
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher and of the fake score")
     parser.add_argument("--num_latents", type=int, default=4000, help=f"that the teacher makes, {HELD_OUT} held out")
     parser.add_argument("--updates", type=int, default=400, help="of the fake score, in batches of 48")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the fake score, decaying to zero")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_file", help="the figures as JSON")
     return parser.parse_args()
-
-
-def make_latents(contract, teacher, conditional, unconditional, scale, x_t, num_steps=28, start=1.0):
-    """The teacher's latents, by Euler's method from `x_t` at sigma `start`, in `start` times `num_steps` even ones."""
-    sigmas = torch.linspace(start, 0, round(num_steps * start) + 1)
-    for sigma, following in zip(sigmas, sigmas[1:]):
-        level = sigma.expand(len(x_t))
-        velocity = contract.guided_velocity(teacher, x_t, level, conditional, unconditional, scale)
-        x_t = x_t + (following - sigma) * velocity
-    return x_t
 
 
 def fit_fake_score(network, contract, conditional, unconditional, latents, args, generator):
@@ -82,13 +62,10 @@ def measure(contract, teacher, fake_score, conditional, unconditional, latents, 
         sigma = torch.full((len(latents),), level)
         x_t = flow.add_noise(latents, torch.randn(latents.shape, generator=generator), sigma)
 
-        def predict_x0(network, scale, x_t=x_t, sigma=sigma):
-            velocity = contract.guided_velocity(network, x_t, sigma, conditional, unconditional, scale)
-            return flow.x0_from_velocity(x_t, velocity, sigma)
-
-        x0_fake = predict_x0(fake_score, guidance_scale)
+        words = x_t, sigma, conditional, unconditional
+        x0_fake = predict_x0(contract, fake_score, *words, guidance_scale)
         for scale in (guidance_scale, 1.0):
-            gap = predict_x0(teacher, scale) - x0_fake
+            gap = predict_x0(contract, teacher, *words, scale) - x0_fake
             push = (gap * x0_fake).sum() / x0_fake.square().sum()
             rows.append(
                 {
@@ -108,12 +85,10 @@ def main():
     if args.guidance_scale == 1:
         raise UserError("--guidance_scale 1 is no guidance: give another one to compare with it.")
     silence_libraries()
-    pipeline = load_pipeline(args.teacher)
-    contract = learn_contract(pipeline, height=40, width=40, pipeline_kwargs=CALL)
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    prompts = [random_scene(rng).prompt for _ in range(args.num_latents)]
-    conditional, unconditional = encode_prompts(pipeline, contract, prompts)
-    teacher = pipeline.transformer.requires_grad_(False)
+    pipeline, contract, _, conditional, unconditional, _, generator = load_setting(
+        args.teacher, args.num_latents, args.seed
+    )
+    teacher = pipeline.transformer
 
     print(f"making {args.num_latents} latents with the teacher ...", flush=True)
     parts = [list(range(i, min(i + 200, args.num_latents))) for i in range(0, args.num_latents, 200)]
@@ -136,9 +111,7 @@ def main():
             *(contract, teacher, fake_score, conditional[held_out], unconditional, latents[held_out]),
             *(args.guidance_scale, generator),
         )
-    if args.output_file:
-        Path(args.output_file).write_text(json.dumps(rows, indent=2) + "\n")
-    print(format_rows(rows))
+    report(rows, format_rows(rows), args.output_file)
 
 
 def format_rows(rows: list[dict]) -> str:
