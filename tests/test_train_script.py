@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The training script on tiny pipelines: what it writes, what it refuses, what does not change its result."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -371,7 +373,7 @@ def test_an_output_folder_belongs_to_one_run(tmp_path):
 def test_what_was_used_is_recorded_and_not_what_was_asked(tmp_path):
     """Of a run and of its checkpoint: modes of guidance by default, the alpha of a LoRA, the precision as launched."""
     run_here(*script_arguments(tmp_path / "run", "--networks=lora", max_train_images=4, rank=2))
-    with quiet():
+    with contextlib.redirect_stdout(io.StringIO()):
         flowdistill(["export", str(tmp_path / "run"), "--output_dir", str(tmp_path / "exported")])
     for student in (tmp_path / "run" / "student", tmp_path / "exported"):
         used = read_settings(student)["training_args"]
