@@ -57,7 +57,7 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
     Configurations, tokenizers and the scheduler are the pipeline's own.
 
     Raises:
-        UserError: as `networks.load_pipeline`, or a component's configuration is missing or does not fit its class.
+        UserError: as `networks.loading.load_pipeline`, or a component's configuration is missing or does not fit its class.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)

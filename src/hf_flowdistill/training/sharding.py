@@ -39,7 +39,7 @@ class Sharding:
 
     Args:
         kind: "none": every process holds networks whole. "full": every process holds a part of each parameter (FSDP2),
-            and the blocks of `planning.sharding_units` are gathered one at a time, to be computed and released.
+            and the blocks of `networks.blocks.sharding_units` are gathered one at a time, to be computed and released.
             "hybrid": so within a machine, and every machine holds the same.
         device: of this process.
         cpu_offload: what `copy` makes, and so its gradients and the states of its optimizer, waits in main memory.
