@@ -59,7 +59,7 @@ def in_low_precision(name: str) -> dict[str, str]:
             found = autocast.velocity(case.pipeline.transformer, x_t, sigma, conditional)
     seen = [one.time_rounding or "exact" for one in (autocast, low_contract)]
     return {
-        "time_seen": seen[0] if seen[0] == seen[1] else ", ".join(seen),
+        "time_seen": seen[0] if seen[0] == seen[1] else "; ".join(seen),
         "bfloat16": f"{low.contract.replay_error:.1e} ({case.teacher.bfloat16:g})",
         "autocast": f"{relative_error(found, expected):.1e}",
     }

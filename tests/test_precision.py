@@ -21,13 +21,13 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)
 # Class -> what it makes of its time under autocast, and with weights in bfloat16.
 TIMES = {
     "sd3": (None, None),
-    "flux": ("1000 times, bfloat16", "1000 times, bfloat16"),
-    "chroma": ("1000 times, bfloat16", "1000 times, bfloat16"),
+    "flux": ("1000 times in bfloat16", "1000 times in bfloat16"),
+    "chroma": ("1000 times in bfloat16", "1000 times in bfloat16"),
     "qwen image": ("bfloat16", "bfloat16"),
-    "ovis image": ("1000 times, bfloat16", "1000 times, bfloat16"),
-    "longcat image": ("1000 times, bfloat16", "1000 times, bfloat16"),
+    "ovis image": ("1000 times in bfloat16", "1000 times in bfloat16"),
+    "longcat image": ("1000 times in bfloat16", "1000 times in bfloat16"),
     "bria": ("bfloat16", "bfloat16"),
-    "flux2": (None, "1000 times, bfloat16"),
+    "flux2": (None, "1000 times in bfloat16"),
     "z image": (None, None),
 }
 
@@ -92,7 +92,8 @@ def test_a_velocity_is_of_the_time_that_the_network_really_saw(name, autocast):
     x_t = torch.randn(1, *contract.latent_shape, generator=generator).expand(8, *contract.latent_shape)
     with torch.no_grad(), context:
         found = contract.velocity(network, x_t, sigma, conditional)
-    assert relative_error(found, precise(case, sigma, x_t, conditional)) < 0.04
+    rest = 0.05 if name == "flux" else 0.01  # of other rounding; at the sigmas as drawn it is up to .25
+    assert relative_error(found, precise(case, sigma, x_t, conditional)) < rest
 
     times = seen_by(network, lambda: contract.velocity(network, x_t, sigma, conditional), context)
     if times is not None:

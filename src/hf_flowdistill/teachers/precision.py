@@ -53,7 +53,7 @@ def floating_dtype(network: torch.nn.Module) -> torch.dtype:
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {  # what a network sees of the time that it is given, float32 [n]
     "bfloat16": lambda time: time.bfloat16().float(),
-    "1000 times, bfloat16": lambda time: (1000 * time.bfloat16()).float() / 1000,
+    "1000 times in bfloat16": lambda time: (1000 * time.bfloat16()).float() / 1000,
 }
 LEAST = 2.0**-20  # relative to the largest time: below, there are no more levels
 
