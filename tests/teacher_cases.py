@@ -3,6 +3,7 @@
 """Every pipeline class that is shown to be a teacher, how its tiny pipeline is called, and its contract."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any
 import tiny_pipelines
 import tiny_qwen3_vl_teachers
 import tiny_teachers
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import Contract, learn_contract
 
 
@@ -22,6 +25,7 @@ class Teacher:
 
     `attributes` are set on the pipeline (and are not saved with it), because the class makes large images only or pads
     to a thousand tokens. `unsaved` components are such as diffusers itself cannot read back after its own saving.
+    `bfloat16` is the tolerance, relative to the largest output, of the replay of the pipeline's own call in bfloat16.
     """
 
     build: Callable
@@ -29,6 +33,7 @@ class Teacher:
     size: int = 32
     attributes: dict[str, Any] = field(default_factory=dict)
     unsaved: tuple[str, ...] = ()
+    bfloat16: float = 0.02
 
     def settled(self, pipeline):
         """`pipeline` with the attributes."""
@@ -88,9 +93,26 @@ TEACHERS = {
 @functools.cache
 def learned(name: str) -> SimpleNamespace:
     """A teacher's pipeline with its contract."""
+    return _learned(name, TEACHERS[name].build())
+
+
+@functools.cache
+def learned_in_bfloat16(name: str) -> SimpleNamespace:
+    """The same in bfloat16: its folder, loaded as diffusers does there."""
     teacher = TEACHERS[name]
-    pipeline = teacher.settled(teacher.build())
+    pipeline = teacher.build()
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        given = {part: getattr(pipeline, part) for part in teacher.unsaved}
+        for component in given.values():
+            if isinstance(component, torch.nn.Module):
+                component.to(torch.bfloat16)
+        return _learned(name, load_pipeline(folder, dtype=torch.bfloat16, **given))
+
+
+def _learned(name: str, pipeline) -> SimpleNamespace:
+    teacher = TEACHERS[name]
     contract: Contract = learn_contract(
-        pipeline, height=teacher.size, width=teacher.size, pipeline_kwargs=teacher.kwargs
+        teacher.settled(pipeline), height=teacher.size, width=teacher.size, pipeline_kwargs=teacher.kwargs
     )
-    return SimpleNamespace(teacher=teacher, pipeline=pipeline, contract=contract)
+    return SimpleNamespace(name=name, teacher=teacher, pipeline=pipeline, contract=contract)

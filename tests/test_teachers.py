@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
 from diffusers.utils.torch_utils import randn_tensor
-from teacher_cases import TEACHERS, learned
+from teacher_cases import TEACHERS, learned, learned_in_bfloat16
 
 from hf_flowdistill.flow import guide
 from hf_flowdistill.flow.rollout import Sampler, rollout
@@ -41,6 +41,11 @@ SCALE = 3.0
 @pytest.fixture(scope="module", params=TEACHERS)
 def case(request):
     return learned(request.param)
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def low_case(request):
+    return learned_in_bfloat16(request.param)
 
 
 def record(case, prompt, **call):
@@ -79,8 +84,8 @@ def schedulers(request):
     """SANA is published with a solver that rounds the network's time; the flow's own Euler sampler does not."""
     from hf_flowdistill.teachers.watch import own_scheduler
 
-    if "case" in request.fixturenames:
-        case = request.getfixturevalue("case")
+    for name in {"case", "low_case"} & set(request.fixturenames):
+        case = request.getfixturevalue(name)
         case.original_scheduler = case.pipeline.scheduler
         case.own_scheduler = own_scheduler(case.pipeline)
     yield
@@ -223,7 +228,7 @@ def exported(case, folder, transformer, noise_type="fresh"):
         pipeline_kwargs=arguments(case),
     )
     given = {name: getattr(case.pipeline, name) for name in case.teacher.unsaved}
-    stock = case.teacher.settled(DiffusionPipeline.from_pretrained(folder, **given))
+    stock = case.teacher.settled(DiffusionPipeline.from_pretrained(folder, dtype=case.contract.dtype, **given))
     stock.set_progress_bar_config(disable=True)
     assert type(stock) is type(case.pipeline)
     return stock, few_step_pipeline(stock, read_settings(folder))
@@ -256,14 +261,15 @@ def draw(case, student, noise_type):
     return image, x0
 
 
-def train_two_steps(case):
+def train_two_steps(case, dtype=torch.float32):
     contract, generator = case.contract, torch.Generator().manual_seed(0)
-    networks = Networks.from_teacher(copy.deepcopy(case.pipeline.transformer))
+    networks = Networks.from_teacher(copy.deepcopy(case.pipeline.transformer), dtype)
     conditional, unconditional = encode_prompts(case.pipeline, contract, PROMPTS)
     config = SiDConfig(loss_scale=1.0)
     before = {name: copy.deepcopy(network.state_dict()) for name, network in vars(networks).items()}
     turns = {"fake_score": fake_score_turn, "generator": generator_turn}
-    optimizers = {name: torch.optim.Adam(getattr(networks, name).parameters(), lr=1e-3) for name in turns}
+    learning_rate = 1e-3 if dtype == torch.float32 else 1e-2  # a weight of 1 in bfloat16 has no neighbour within .003
+    optimizers = {name: torch.optim.Adam(getattr(networks, name).parameters(), lr=learning_rate) for name in turns}
     for _ in range(2):
         for name, turn in turns.items():
             shape = (len(PROMPTS), *contract.latent_shape)
@@ -286,6 +292,45 @@ def train_two_steps(case):
         assert any(changed) == (name in turns)
         assert name not in turns or sum(changed) > 0.7 * len(changed)
     return networks
+
+
+def replay_error(case, prompt=PROMPTS[0]):
+    """Of the pipeline's own unguided call in bfloat16, at the times that it fed."""
+    times = []
+    signature = inspect.signature(type(case.pipeline.transformer).forward)
+    hook = case.pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: times.append(
+            signature.bind(None, *args, **kwargs).arguments[case.contract.time_argument].flatten()[0].double()
+        ),
+        with_kwargs=True,
+    )
+    with guiders_set(case.pipeline, enabled=False):
+        steps = record(case, prompt, **case.contract.guidance.arguments(on=False))
+    hook.remove()
+    x_t, expected = (torch.cat(parts) for parts in list(zip(*steps))[:2])
+    sigmas = torch.stack([step[2] for step in steps]).double()
+    order = sigmas.argsort()
+    contract = replace(case.contract, time_table=(sigmas[order], torch.stack(times)[order]))
+    conditional, _ = encode_prompts(case.pipeline, contract, [prompt])
+    with torch.no_grad():
+        replayed = contract.velocity(case.pipeline.transformer, x_t, sigmas.float(), conditional)
+    assert expected.std() > 0.01
+    return relative_error(replayed, expected)
+
+
+def test_in_bfloat16_from_its_own_call_to_a_student(low_case, tmp_path):
+    """Contract, replay within the stated tolerance, two steps, export, and reload: all in bfloat16."""
+    case = low_case
+    assert case.contract.dtype == torch.bfloat16 and case.contract.replay_error <= 0.05
+    assert replay_error(case) <= case.teacher.bfloat16
+    networks = train_two_steps(case, torch.bfloat16)
+    stock, student = exported(case, tmp_path / "student", networks.generator)
+    seeded = torch.Generator().manual_seed(3)
+    image = student(prompt=["a cat"], generator=seeded, output_type="np", return_dict=False)[0]
+    torch.manual_seed(3)
+    call = {"num_inference_steps": 4, **case.contract.student_arguments(4), **arguments(case)}
+    np.testing.assert_array_equal(stock(prompt=["a cat"], output_type="np", return_dict=False, **call)[0], image)
+    assert np.isfinite(image).all() and image.std() > 1e-3
 
 
 class Denoiser(ModelMixin, ConfigMixin):

@@ -8,7 +8,7 @@ from hf_flowdistill.cli import ArgumentParser, add_call_arguments, add_origin_ar
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
-from hf_flowdistill.teachers import encode_prompts, learn_contract
+from hf_flowdistill.teachers import encode_prompts, learn_contract, learn_low_precision
 
 
 def main(input_args):
@@ -32,6 +32,7 @@ def main(input_args):
         width=args.width or resolution,
         pipeline_kwargs=args.pipeline_kwargs,
     )
+    contract = learn_low_precision(pipeline, contract)
     rows, _ = encode_prompts(pipeline, contract, ["a cat"])
     kept = {name: (tuple(row.shape[1:]), row.numel() * row.element_size()) for name, row in rows.tensors.items()}
     print("\n".join([contract.describe(), *describe_networks(pipeline), describe_conditioning(kept)]))

@@ -25,6 +25,7 @@ from hf_flowdistill.hub.secrets import without_secrets
 from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_settings
 from hf_flowdistill.hub.student import render_pipeline, student_scheduler
 from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
+from hf_flowdistill.teachers.precision import cast_dtype, floating_dtype
 from hf_flowdistill.teachers.watch import guiders
 
 
@@ -258,14 +259,14 @@ def _switched_off(guider):
 
 def _cast(transformer, dtype):
     """`transformer` if it has this dtype already, else a copy of it on the CPU."""
-    if dtype is None or dtype == transformer.dtype:
+    if dtype is None or dtype == floating_dtype(transformer):
         return transformer
     state = transformer.state_dict()
     # Built without weights, so that a large student is not held three times.
     with torch.device("meta"):
         cast = type(transformer).from_config(transformer.config)
     cast.load_state_dict(
-        {name: value.to("cpu", dtype if value.is_floating_point() else None) for name, value in state.items()},
+        {name: value.to("cpu", cast_dtype(transformer, name, value, dtype)) for name, value in state.items()},
         assign=True,
     )
     return cast

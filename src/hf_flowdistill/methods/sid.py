@@ -239,8 +239,9 @@ class SiD(Method):
         return samples.conditional("generator" if self.args.share_rollout else turn)
 
     def draw_sigma(self, samples: Samples, purpose: str) -> Tensor:
-        """Noise levels of the loss, [B], of p(sigma)."""
-        return sigma_from_normal(samples.numbers(purpose), self.args.sigma_mean, self.args.sigma_std)
+        """Noise levels of the loss, [B], of p(sigma); of those that the networks tell apart, the nearest."""
+        sigma = sigma_from_normal(samples.numbers(purpose), self.args.sigma_mean, self.args.sigma_std)
+        return samples.size.contract.snap(sigma)
 
 
 def _keeping_x0(turn: Callable, made: list[Tensor]) -> Callable:

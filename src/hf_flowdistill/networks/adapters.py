@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_flowdistill.networks.quantized_sizes import QuantizedSizes
+from hf_flowdistill.teachers.precision import floating_dtype
 
 
 QUANTIZATIONS = ("none", "8bit", "nf4")
@@ -34,7 +35,7 @@ class SharedBase:
 
     def __init__(self, transformer, targets: list[str], *, rank: int, alpha: float, seed: int = 0, quantized=()):
         self.transformer = transformer.requires_grad_(False)
-        self.dtype = transformer.dtype
+        self.dtype = floating_dtype(transformer)
         self.targets, self.rank, self.alpha, self.seed = targets, rank, alpha, seed
         self.linear_layers = [*dict.fromkeys([*targets, *quantized])]  # those that are not plain any more
         self.layers: dict[str, torch.nn.Module] = {}

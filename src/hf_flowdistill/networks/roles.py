@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.adapters import Role, SharedBase, quantize
 from hf_flowdistill.networks.blocks import linear_layers
+from hf_flowdistill.teachers.precision import cast
 
 
 def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[torch.nn.Module], torch.Tensor]) -> None:
@@ -46,7 +47,7 @@ def check_gradient_checkpointing(network: torch.nn.Module, predict: Callable[[to
 
 def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A copy of a network that is not sharded, in `dtype`."""
-    return copy.deepcopy(network).to(dtype)
+    return cast(copy.deepcopy(network), dtype)
 
 
 NETWORKS = ("full", "lora_fake", "lora")
@@ -142,7 +143,7 @@ class Networks:
         Raises:
             UserError: as `linear_layers`.
         """
-        teacher.eval().to(dtype).requires_grad_(False)
+        cast(teacher.eval(), dtype).requires_grad_(False)
         if device is not None and roles.networks != "lora":
             teacher.to(device)
         if roles.networks == "full":

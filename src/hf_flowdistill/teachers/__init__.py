@@ -14,6 +14,7 @@ from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.decode import decode
 from hf_flowdistill.teachers.encode import ImageEncoder, learn_image_encoder
 from hf_flowdistill.teachers.learning import learn_contract
+from hf_flowdistill.teachers.rounding import learn_low_precision
 from hf_flowdistill.teachers.watch import check_flow_matching
 
 
@@ -31,4 +32,5 @@ __all__ = [
     "learn_contract",
     "learn_contracts",
     "learn_image_encoder",
+    "learn_low_precision",
 ]

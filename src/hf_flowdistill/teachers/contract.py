@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
@@ -16,6 +17,7 @@ from hf_flowdistill.teachers.arguments import Slot, get, pad, put
 from hf_flowdistill.teachers.conditioning import EMBEDDED_GUIDANCE, LENGTH, Conditioning
 from hf_flowdistill.teachers.guidance import Guidance, guided_inputs, guided_velocity
 from hf_flowdistill.teachers.inference import same
+from hf_flowdistill.teachers.precision import floating_dtype, seen_times, snap
 from hf_flowdistill.teachers.watch import first_output
 from hf_flowdistill.teachers.words import in_words
 
@@ -39,8 +41,12 @@ class Contract:
         prompts_at_once: several prompts in one call are encoded as each is alone.
         dtype: of the pipeline's transformer; arguments of that dtype follow the dtype of the transformer in use.
         dtypes: path -> dtype in the pipeline's own call.
+        time_dtype: of the time in the pipeline's own call. A network of low precision is given its time in its own
+            dtype if this is a low one, and else in float32; see `rounding.learn_low_precision`.
+        time_rounding: what the network makes of the time, a key of `precision.ROUNDINGS`, or None; see `snap`.
         embedded_guidance: (argument, factor) where the transformer is given factor * a scale, else None.
         embedded_guidance_argument: the pipeline's argument for that scale.
+        embedded_guidance_dtype: of that argument of the transformer, as `time_dtype`.
         row_by_row: prompts whose embeddings may differ in length go one to a call, also where they do not: processes
             with shards of one network have to make equally many calls of it, whatever their prompts.
         replay_error: largest error of the replay against the pipeline's own outputs, relative to the largest output.
@@ -69,9 +75,12 @@ class Contract:
     output_is_list: bool = False
     output_container: str = "nothing"
     time_table: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    time_dtype: torch.dtype = torch.float32
+    time_rounding: str | None = None
     prompts_at_once: bool = True
     embedded_guidance: tuple[str, float] | None = None
     embedded_guidance_argument: str | None = None
+    embedded_guidance_dtype: torch.dtype = torch.float32
     guidance: Guidance = Guidance()
     row_by_row: bool = False
     replay_error: float = float("nan")
@@ -107,7 +116,7 @@ class Contract:
         return torch.cat(parts)[self.places(conditioning).to(x_t.device)]
 
     def _velocity(self, transformer, x_t, sigma, conditioning):
-        arguments = self.transformer_arguments(x_t, sigma, conditioning, _floating_dtype(transformer))
+        arguments = self.transformer_arguments(x_t, sigma, conditioning, floating_dtype(transformer))
         return self.velocity_from_output(first_output(transformer(**arguments))).to(x_t.dtype)
 
     def transformer_arguments(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, dtype) -> dict[str, Any]:
@@ -123,9 +132,17 @@ class Contract:
             arguments = put(arguments, path, value)
         latent = x_t.reshape(batch, *self.latent_input_shape).to(dtype)
         arguments[self.latent_argument] = list(latent) if self.latent_is_list else latent
-        # Float32, whatever the dtype of the network: bfloat16 cannot tell 998 from 1000.
-        arguments[self.time_argument] = self.time(sigma.to(device, torch.float32))
+        time = self.time(sigma.to(device, torch.float32))
+        arguments[self.time_argument] = time.to(self._fed(self.time_dtype, dtype))
         return arguments
+
+    def _fed(self, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+        """In what a number is given to a network of `dtype` that the pipeline's own network was given in `own`.
+
+        Float32 wherever it can be: bfloat16 cannot tell 998 from 1000. Some networks compute in the dtype of their
+        time, so where the pipeline rounds it to their precision, so it is here.
+        """
+        return torch.float32 if torch.float32 in (own, dtype) else dtype
 
     def time(self, sigma: Tensor) -> Tensor:
         """What the transformer is given for noise levels sigma [B], in float32."""
@@ -136,6 +153,26 @@ class Contract:
         low, high = sigmas[right - 1], sigmas[right]
         part = (sigma.double() - low) / (high - low)
         return torch.lerp(times[right - 1], times[right], part).float()
+
+    def snap(self, sigma: Tensor) -> Tensor:
+        """The nearest noise levels that the network tells apart, [B] in (0, 1): `sigma` where it sees every time.
+
+        A network that rounds its time sees another noise level than that of x_t, unless x_t is made at one of these.
+        """
+        return sigma if self.time_rounding is None else snap(self._levels, sigma)
+
+    @functools.cached_property
+    def _levels(self) -> Tensor:
+        """The noise levels at which the network sees the time that it is given, [n] in float64, increasing."""
+        ends = self.time(torch.tensor([0.0, 1.0])).sort().values.tolist()
+        sigmas = self.noise_levels(seen_times(self.time_rounding, *ends))
+        return sigmas[(sigmas > 0) & (sigmas < 1)].unique()
+
+    def noise_levels(self, times: Tensor) -> Tensor:
+        """The noise levels at which the transformer is given `times`, [n] in float64: the inverse of `time`."""
+        if self.time_table is None:
+            return (times.double() - self.time_offset) / self.time_scale
+        return torch.from_numpy(np.interp(times.double(), *(table.numpy() for table in self.time_table[::-1])))
 
     def guided_velocity(
         self,
@@ -300,14 +337,9 @@ class Contract:
             arguments[path] = value
         if self.embedded_guidance is not None:
             name, factor = self.embedded_guidance
-            arguments[name] = factor * conditioning.tensors[EMBEDDED_GUIDANCE].to(device, torch.float32)
+            scale = factor * conditioning.tensors[EMBEDDED_GUIDANCE].to(device, torch.float32)
+            arguments[name] = scale.to(self._fed(self.embedded_guidance_dtype, dtype))
         return arguments
-
-
-def _floating_dtype(transformer) -> torch.dtype:
-    """Of what `transformer` is given; a role (`adapters.Role`) says it, since its adapter may have another."""
-    said = getattr(transformer, "input_dtype", None)
-    return said or next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
 def _moved(value, device):

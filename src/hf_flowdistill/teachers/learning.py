@@ -16,7 +16,13 @@ from hf_flowdistill.teachers.arguments import get
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.guidance import Guidance
 from hf_flowdistill.teachers.inference import as_batch, refuse, relative_error
-from hf_flowdistill.teachers.replay import distance, half_velocities, replay_errors, what_does_not_fit
+from hf_flowdistill.teachers.replay import (
+    distance,
+    half_velocities,
+    replay_errors,
+    what_does_not_fit,
+    with_recorded_times,
+)
 from hf_flowdistill.teachers.watch import (
     SCALE,
     SET_BY_US,
@@ -67,13 +73,15 @@ def learn_contract(pipeline, *, height: int, width: int, pipeline_kwargs: dict[s
     with undisturbed(pipeline):
         contract, steps = _learn_unguided(watcher)
         contract, guided_steps = _learn_guidance(watcher, contract, steps[0].calls[0].arguments)
-        errors = replay_errors(pipeline.transformer, contract, steps, guided_steps)
+        low = contract.dtype not in (torch.float32, torch.float64)
+        replayed = with_recorded_times(contract, steps + guided_steps) if low else contract
+        errors = replay_errors(pipeline.transformer, replayed, steps, guided_steps)
         error = max(errors.values(), key=lambda value: (np.isnan(value), value))
         if not error <= watcher.tolerance:
             refuse(
                 watcher.name,
                 f"replaying it does not give the outputs of its own call (relative error {error:.1e}): "
-                + what_does_not_fit(pipeline.transformer, contract, steps, errors, watcher.tolerance),
+                + what_does_not_fit(pipeline.transformer, replayed, steps, errors, watcher.tolerance),
             )
     return replace(contract, replay_error=error)
 
@@ -135,6 +143,7 @@ def _learn_unguided(watcher: _Watcher) -> tuple[Contract, list[Step]]:
         time_argument=time,
         time_scale=float("nan"),
         time_offset=float("nan"),
+        time_dtype=arguments[time].dtype,
         output_shape=tuple(as_batch(output).shape[1:]),
         output_sign=sign,
         output_part=part,
@@ -301,6 +310,7 @@ def _with_embedded_guidance(watcher: _Watcher, contract: Contract, calls) -> Con
     return replace(
         contract,
         embedded_guidance=found,
+        embedded_guidance_dtype=calls[0][found[0]].dtype,
         embedded_guidance_argument=scales[0],
         repeated={path: slot for path, slot in contract.repeated.items() if path != found[0]},
         static={name: value for name, value in contract.static.items() if name != found[0]},

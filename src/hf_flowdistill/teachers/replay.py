@@ -2,6 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The contract against the steps that it was learned from: how far off it is, and where."""
 
+from dataclasses import replace
+
 import torch
 
 from hf_flowdistill.flow import guide
@@ -17,6 +19,15 @@ def half_velocities(contract: Contract, step: Step):
     outputs = outputs[0].chunk(2) if contract.guidance.kind == "doubled" else outputs
     velocities = [contract.velocity_from_output(output) for output in outputs]
     return velocities[::-1] if contract.guidance.conditional_first else velocities
+
+
+def with_recorded_times(contract: Contract, steps: list[Step]) -> Contract:
+    """`contract` with the times of `steps` in the place of its own: what it is, in low precision, is not held against
+    how a pipeline rounds its times, which `inference.find_time_map` has looked at."""
+    fed = {step.sigma: step.calls[0].arguments[contract.time_argument].flatten()[0].double().item() for step in steps}
+    sigmas = sorted(fed)
+    times = torch.tensor([fed[sigma] for sigma in sigmas], dtype=torch.float64)
+    return replace(contract, time_table=(torch.tensor(sigmas, dtype=torch.float64), times))
 
 
 def replay_errors(transformer, contract: Contract, steps, guided_steps) -> dict[str, float]:

@@ -25,6 +25,7 @@ def in_words(contract) -> dict[str, Any]:
         "size": f"{contract.height}x{contract.width}",
         "latent": f"{contract.latent_argument} {list(contract.latent_shape)}",
         "time": f"{contract.time_argument} = {_time(contract)}",
+        "time_seen": contract.time_rounding and f"{contract.time_rounding}; noise levels are drawn on its grid",
         "velocity": ("-" if contract.output_sign < 0 else "") + output,
         "conditioning": sorted(contract.slots),
         "varying_length": sorted(path for path, slot in contract.slots.items() if slot.ragged is not None),

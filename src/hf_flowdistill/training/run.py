@@ -14,7 +14,7 @@ How a script uses it, with its own loop in between:
 
 import functools
 import logging
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from hf_flowdistill.networks.arguments import role_settings
 from hf_flowdistill.networks.loading import weights_digest
 from hf_flowdistill.networks.placement import streamed
 from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing
+from hf_flowdistill.teachers import learn_low_precision
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.initial_weights import load_weights
@@ -147,9 +148,9 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         method.settle(teacher.pipeline, teacher.contracts[0])
     roles.layers(transformer)  # which refuses unknown names, while that is early
     identity.check(teacher_weights=weights_digest(transformer))
+    transformer = teacher.sharding.release(teacher.pipeline, getattr(torch, args.weight_dtype))
+    teacher = in_precision(teacher, transformer, accelerator)
     logger.info(f"the teacher's contract:\n{teacher.contracts[0].describe()}")
-    dtype = getattr(torch, args.weight_dtype)
-    transformer = teacher.sharding.release(teacher.pipeline, dtype)
 
     pairs = open_pairs(args, accelerator, teacher, resumed.get("images")) if method.takes_images else None
     identity.check(**({} if pairs is None else {"dataset": pairs.identity}))
@@ -178,6 +179,13 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         f"{args.train_batch_size}"
     )
     return run
+
+
+def in_precision(teacher: Teacher, transformer, accelerator: Accelerator) -> Teacher:
+    """`teacher` with contracts for its `transformer` in the precision of the training."""
+    with teacher.on_device(), streamed([transformer], accelerator.device), accelerator.autocast():
+        contracts = [learn_low_precision(teacher.pipeline, one, transformer) for one in teacher.contracts]
+    return replace(teacher, contracts=contracts)
 
 
 def build_networks(args, method: Method, teacher: Teacher, transformer, size: Size, accelerator) -> Networks:

@@ -17,6 +17,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.adapters import Role, without_adapters
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.roles import plain_copy
+from hf_flowdistill.teachers.precision import cast, floating_dtype
 from hf_flowdistill.training.distributed import local
 
 
@@ -128,8 +129,8 @@ class Sharding:
         transformer = pipeline.transformer
         pipeline.transformer = _hollow(self.shells.get(transformer, transformer), self.device, empty=True)
         if self.mesh is None:
-            return transformer.to(dtype)
-        if dtype != transformer.dtype:  # it has run, and the buffers of its precision are there
+            return cast(transformer, dtype)
+        if dtype != floating_dtype(transformer):  # it has run, and the buffers of its precision are there
             transformer = self._twin(transformer, dtype, OffloadPolicy())
         return transformer
 
@@ -171,7 +172,9 @@ class Sharding:
 
     def _assemble(self, shell, offload, dtype=None):
         """A sharded network of the architecture of `shell`, with any values."""
-        network = copy.deepcopy(shell).to(dtype)
+        network = copy.deepcopy(shell)
+        if dtype is not None:
+            cast(network, dtype)
         buffers = dict(network.named_buffers(remove_duplicate=False))
         # True for the outermost unit too: after a pass without gradient it would stay whole, for the average and the
         # optimizer to find.
@@ -181,7 +184,7 @@ class Sharding:
             "offload_policy": offload,
             "reshard_after_forward": True,
         }
-        for unit in [*sharding_units(network), network]:
+        for unit in [*_units_of_another_dtype(network), *sharding_units(network), network]:
             name = type(unit).__name__  # by which the contract and `sharding_units` tell it
             type(fully_shard(unit, **settings)).__name__ = name
         network.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else self.device)
@@ -190,6 +193,29 @@ class Sharding:
             setattr(network.get_submodule(owner), last, buffer.to(self.device))
         self.shells[network] = shell
         return network
+
+
+def _units_of_another_dtype(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that a class keeps in float32 in a network of lower precision: a unit has one dtype, so each is its own.
+
+    Raises:
+        UserError: a weight beside others is kept so.
+    """
+    dtype, units, inside = floating_dtype(network), [], set()
+    for module in network.modules():  # outer modules come before inner ones
+        weights = list(module.parameters())
+        if weights and module not in inside and all(weight.dtype != dtype for weight in weights):
+            units.append(module)
+            inside.update(module.modules())
+    for module in network.modules():
+        own = module._parameters.values() if module not in inside else ()
+        if any(weight is not None and weight.dtype != dtype for weight in own):
+            raise UserError(
+                f"{type(network).__name__} keeps some weights in float32, which shards in "
+                f"{str(dtype).removeprefix('torch.')} cannot have: train it with --mixed_precision bf16 instead of "
+                "--weight_dtype bfloat16, or without --sharding."
+            )
+    return units
 
 
 def _hollow(network: torch.nn.Module, device, *, empty: bool = False) -> torch.nn.Module:
