@@ -6,7 +6,7 @@
 #
 # What happens: FluxTransformer2DModel casts the time to the dtype of its first projection's output, which is bfloat16
 # under autocast, and multiplies it by 1000 there. Sigma .977 and .978 give outputs that are equal bit for bit; in
-# (.5, 1) there are 125 different times. (So do Chroma, Ovis-Image and LongCat-Image; Qwen-Image and Bria cast without the product.)
+# (.5, 1) there are 126 different times. (So do Chroma, Ovis-Image and LongCat-Image; Qwen-Image and Bria cast without the product.)
 #
 # Why it matters: a training that draws the time continuously makes its noisy input at one noise level and conditions
 # the network on another, off by up to .002, which is a large part of 1 - sigma near pure noise; and timesteps that
@@ -57,4 +57,4 @@ PY
 "$folder/venv/bin/python" "$folder/run.py"
 # Output seen:
 #   float32, FLUX equal: False
-#   autocast, FLUX equal: True ; SD3 different: True ; FLUX's times in (.5, 1): 125
+#   autocast, FLUX equal: True ; SD3 different: True ; FLUX's times in (.5, 1): 126
