@@ -14,7 +14,7 @@ import transformers
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks.loading import read_index
+from hf_flowdistill.networks.loading import check_not_quantized, read_index
 from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, check_size, plain_scheduler
 
 
@@ -61,6 +61,7 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
+    check_not_quantized(path, index, **where)
     cls = getattr(diffusers, str(index["_class_name"]), None)
     if cls is None:
         raise UserError(f"{path} is a {index['_class_name']}, which the installed diffusers does not have: update it.")

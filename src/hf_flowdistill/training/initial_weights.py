@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.adapters import LORA_FILE, Role
 from hf_flowdistill.networks.loading import read_index
+from hf_flowdistill.networks.reports import complete_weights
 from hf_flowdistill.training.distributed import together
 
 
@@ -59,7 +60,8 @@ def load_weights(path, generator: torch.nn.Module, transformer: torch.nn.Module,
         elif sharding.is_main:
             load = type(transformer).from_pretrained
             how = {"subfolder": "transformer", "dtype": torch.float32, "use_safetensors": True}
-            weights.update(_load(load, path, cache_dir=cache_dir, **how).state_dict())
+            with complete_weights(path):
+                weights.update(_load(load, path, cache_dir=cache_dir, **how).state_dict())
         else:
             return
         expected = {name: tensor.shape for name, tensor in generator.state_dict().items()}
