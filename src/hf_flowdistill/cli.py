@@ -5,6 +5,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -179,6 +180,7 @@ def silence_libraries() -> None:
     import diffusers
     import transformers  # both here, since they take seconds that not every command has to wait
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of errors that are told
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -15,7 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.loading import check_not_quantized, read_index
-from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, check_size, plain_scheduler
+from hf_flowdistill.teachers.watch import (
+    call_arguments,
+    check_flow_matching,
+    check_many_steps,
+    check_size,
+    plain_scheduler,
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)
+    check_many_steps(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -180,7 +187,7 @@ class _Watch:
         except NotImplementedError:
             if not self.calls:  # otherwise these are known, though the transformer or the decoder did not run
                 raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any kind: it is the pipeline's own code
             size = f"height {height}, width {width}"
             raise UserError(f"{name} fails when called with {size}: {first_line(error)}") from error
         return self.calls[0]
