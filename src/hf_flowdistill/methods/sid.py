@@ -268,8 +268,8 @@ def check_unguided(name: str, args: dict[str, Any]) -> None:
     for scale in SCALES:
         if args.get(scale) not in (None, 1):
             raise UserError(
-                f"{name} has no guidance, neither by a negative prompt nor by a scale that it embeds, and --{scale} is "
-                f"{args[scale]:g}: give --{scale} 1."
+                f"{name} has no guidance, neither by a negative prompt nor by a scale that it embeds, and --{scale} "
+                f"is {args[scale]:g}: give --{scale} 1."
             )
     for option in ("guidance_mode", "fake_guidance_mode", "guidance_rescale"):
         if args.get(option):

@@ -22,8 +22,8 @@ def complete_weights(where):
     """Inside, a network whose file lacks a weight, or has one of another shape, raises; surplus ones are logged.
 
     It holds for every `from_pretrained` of both libraries, so also for those that a pipeline's makes of its
-    components; everything is loaded once. Tied weights, and those that a class says it can do without, are not missing,
-    nor is the projection of a language model to its vocabulary, which no encoder of a text uses.
+    components; everything is loaded once. Tied weights, and those that a class says it can do without, are not
+    missing, nor is the projection of a language model to its vocabulary, which no encoder of a text uses.
 
     Args:
         where: what is loaded, a folder or an id on the Hub, for the message.

@@ -195,8 +195,7 @@ def watch(
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        usual = isinstance(error, (RuntimeError, TypeError, ValueError))  # those of other kinds say little without it
-        raise CallFailed(first_line(error) if usual else f"{type(error).__name__}: {first_line(error)}") from error
+        raise _failed(error) from error
     finally:
         transformer.forward = forward
         pipeline.__dict__.update(replaced)
@@ -258,6 +257,11 @@ def undisturbed(pipeline):
 def first_output(output):
     """The sample of a transformer's output, which is a tuple, an output object or the tensor itself."""
     return output if isinstance(output, (Tensor, list)) else output[0]
+
+
+def _failed(error: Exception) -> CallFailed:
+    usual = isinstance(error, (RuntimeError, TypeError, ValueError))  # those of other kinds say little by themselves
+    return CallFailed(first_line(error) if usual else f"{type(error).__name__}: {first_line(error)}")
 
 
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
