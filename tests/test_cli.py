@@ -12,7 +12,8 @@ import tiny_pipelines
 from score_distillation.train_sid_dit import parse_args
 from training_helpers import PIPELINE_KWARGS, ROOT, folder, quiet, run_command, saved_teacher
 
-from hf_flowdistill.cli import main
+from hf_flowdistill.cli import COUNT, POSITIVE, ArgumentParser, json_object, main
+from hf_flowdistill.errors import UserError
 
 
 def printed(capsys, *words):
@@ -188,6 +189,92 @@ def test_refusals_are_one_sentence_and_exit_code_2(words, sentence, capsys):
     assert exit_info.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == "" and sentence in captured.err and captured.err.count("\n") == 1
+
+
+def read_config(text):
+    """What a parser with one argument of every kind reads from a config file, and a word behind it."""
+    parser = ArgumentParser(prog="paint")
+    parser.add_argument("picture", nargs="*")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"))
+    parser.add_argument("--width", type=COUNT, default=7)
+    parser.add_argument("--rate", type=POSITIVE)
+    parser.add_argument("--wet", action="store_true")
+    parser.add_argument("--colours", nargs="+", default=[])
+    parser.add_argument("--levels", nargs="+", type=float)
+    parser.add_argument("--brushes", nargs="*", choices=("flat", "round"), default=False)
+    parser.add_argument("--rehearse", nargs="?", type=int, const=0)
+    parser.add_argument("--more", type=json_object, default={})
+    parser.add_argument("--name")
+    file = folder() / "paint.yaml"
+    file.write_text(text)
+    args = vars(parser.parse_args(["--config", str(file), "sea.png"]))
+    assert args.pop("picture") == ["sea.png"] and args.pop("config") == str(file)
+    return {name: value for name, value in args.items() if value != parser.get_default(name)}
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("mixed_precision: no", {"mixed_precision": "no"}),
+        ("wet: true", {"wet": True}),
+        ("wet: on", {"wet": True}),
+        ("wet: no", {}),
+        ("wet: null", {}),
+        ("width: null", {}),
+        ("rate: 1e-6", {"rate": 1e-6}),
+        ("name: no", {"name": "no"}),
+        ("name: 1.50", {"name": "1.50"}),
+        ("name: 'true'", {"name": "true"}),
+        ("name: 2026-01-01", {"name": "2026-01-01"}),
+        ("colours: [yes, 12:30, 010, 1e3]", {"colours": ["yes", "12:30", "010", "1e3"]}),
+        ("colours: red", {"colours": ["red"]}),
+        ("colours: []", {}),
+        ("levels: [1, 5e-1]", {"levels": [1, 0.5]}),
+        ("brushes: true", {"brushes": []}),
+        ("brushes: false", {}),
+        ("brushes: [flat]", {"brushes": ["flat"]}),
+        ("rehearse: yes", {"rehearse": 0}),
+        ("rehearse: 8", {"rehearse": 8}),
+        ("more: {a: 1e-6, b: 12:30, c: [010], d: true}", {"more": {"a": 1e-6, "b": "12:30", "c": [10], "d": True}}),
+        ("more: '{\"a\": 1}'", {"more": {"a": 1}}),
+        ("", {}),
+    ],
+)
+def test_a_config_file_is_read_as_the_text_that_it_is(text, read):
+    assert read_config(text) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mixed_precision: false", "gives mixed_precision false, which is no value of it: put it in quotes"),
+        ("name: true", "gives name true, which is no value of it: put it in quotes"),
+        ("rate: true", "gives rate true, which is no value of it"),
+        ("rate:", "gives rate no value: give one, or null for the default"),
+        ("rate: 12:30", "argument --rate: invalid float value: '12:30'"),
+        ("rate: [1]", "gives rate a list, but it takes one value"),
+        ("rate: 1\nrate: 2", "has rate more than once"),
+        ("wet: 1", "gives wet 1, but it is a switch: give true or false"),
+        ("wet: [true]", "gives wet a list, but it is a switch"),
+        ("colours: [red, ~]", "gives colours ~, which is no value of it"),
+        ("colours: [red, [blue]]", "gives colours a list with lists or names in it"),
+        ("levels: []", "gives levels an empty list: name some, or leave the line out"),
+        ("brushes: []", "gives brushes an empty list: name some, or leave the line out"),
+        ("name: {a: 1}", "gives name names with values, but it takes none"),
+        ("more: [1]", "gives more a list, but it takes one value"),
+        ("more: {a: no}", "gives more a bare no: write true or false, or put it in quotes"),
+        ("more: {a: 1, a: 2}", "gives more a name more than once"),
+        ("more: {a: !!set {b}}", "gives more something that JSON cannot say"),
+        ("mixed-precision: bf16", "has unknown arguments: mixed-precision (write mixed_precision)"),
+        ("--rate: 1", "has unknown arguments: --rate (write rate)"),
+        ("config: other.yaml", "has unknown arguments: config"),
+        ("rate: 1\n---\nrate: 2", "cannot be read: expected a single document"),
+    ],
+)
+def test_what_a_config_file_cannot_mean_is_refused(text, said):
+    with pytest.raises(UserError) as error:
+        read_config(text)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_help(capsys):

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.cli import COUNT, ArgumentParser, add_call_arguments, add_origin_arguments, silence_libraries
 from hf_flowdistill.data.prompts import read_prompts
-from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.hub.student import few_step_pipeline, load_student
 from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.teachers.finite import finite_images
 
 
 def parse_args(input_args=None):
@@ -97,9 +98,12 @@ def main(input_args=None):
         torch.manual_seed(2**32 + args.seed + start)
         generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
         try:
-            images += pipeline(prompt=batch, generator=generators, **call).images
-        except ValueError as error:  # The pipeline's own check of its inputs, for instance a size it cannot make.
-            raise UserError(f"the pipeline does not accept this call: {error}") from error
+            with finite_images(pipeline):
+                images += pipeline(prompt=batch, generator=generators, **call).images
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # The pipeline's own check of its inputs, for instance a size it cannot make.
+            raise UserError(f"the pipeline does not accept this call: {first_line(error)}") from error
 
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "metadata.jsonl").open("w", encoding="utf-8") as metadata:

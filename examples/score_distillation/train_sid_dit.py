@@ -83,7 +83,7 @@ def train(run, stopped) -> bool:
         learning_rates = run.learning_rates()
 
         # ------------------------------------------------- every network in its turn: micro-batches, one guarded step
-        metrics, skipped = {}, 0
+        metrics, skipped = {}, []
         for turn, loss_of in update.turns.items():
             micro_batches = []
             with networks.training(turn):
@@ -100,7 +100,7 @@ def train(run, stopped) -> bool:
                 learning_rate=learning_rates[turn],
                 max_grad_norm=args.max_grad_norm,
             )
-            skipped += not taken
+            skipped += [] if taken else [turn]
         state["step"] += 1
         state["images_seen"] += run.images_per_update
         run.ema.update(networks.generator, batch_size=run.images_per_update, images_seen=state["images_seen"])

@@ -5,13 +5,16 @@
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -60,6 +63,39 @@ SHARE = Bounded(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 DECAY = Bounded(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML as its version 1.2 reads it: true and false are booleans, but no and on are text; 1e-6 is a number, but
+    12:30 and 2026-01-01 are text. In a mapping, a name that stands there twice and a bare no are errors."""
+
+    yaml_implicit_resolvers: ClassVar = {}
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise ValueError("a name more than once: leave one of them")
+        return found
+
+    def construct_text(self, node):
+        if node.style is None and node.value.lower() in SWITCHES:
+            raise ValueError(f"a bare {node.value}: write true or false, or put it in quotes if text is meant")
+        return node.value
+
+
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+for _tag, _pattern, _first in (
+    ("null", "|~|null|Null|NULL", ["", "~", "n", "N"]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("merge", "<<", ["<"]),
+):
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first)
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 010 is ten
+_Yaml.add_constructor("tag:yaml.org,2002:str", _Yaml.construct_text)
+_Yaml.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser with `--config FILE.yaml`: a mapping of argument names to values.
 
@@ -80,7 +116,9 @@ class ArgumentParser(argparse.ArgumentParser):
         finder.error = self.error
         finder.add_argument("--config")
         path = finder.parse_known_args(args)[0].config
-        parsed = super().parse_args(args if path is None else self._words_of(path) + args, namespace)
+        # the file's name again, since what stands behind a list would be taken for one more of its entries
+        given = [] if path is None else [*self._words_of(path), f"--config={path}"]
+        parsed = super().parse_args(given + args, namespace)
         for action in self._actions:
             if isinstance(action.type, Bounded):
                 value = getattr(parsed, action.dest)
@@ -90,18 +128,39 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def _words_of(self, path: str) -> list[str]:
-        """A config file as the words of a command line, so that types and choices are checked alike."""
+        """A config file as the words of a command line, so that types and choices are checked alike.
+
+        Values are taken as the text that stands in the file.
+        """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            loader = _Yaml(Path(path).read_text(encoding="utf-8"))
+            root = loader.get_single_node()
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"the config file {path} cannot be read: {' '.join(str(error).split())}.") from None
-        if not isinstance(values, dict):
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
             raise UserError(f"the config file {path} must hold one 'name: value' per line.")
-        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
-        unknown = ", ".join(str(name) for name in values if name not in flags)
+        names = [str(key.value) for key, _ in root.value]
+        actions = {action.dest: action for action in self._actions if action.option_strings}
+        actions = {name: action for name, action in actions.items() if name not in ("config", "help")}
+        unknown = ", ".join(
+            f"{name} (write {dashless})" if (dashless := name.lstrip("-").replace("-", "_")) in actions else name
+            for name in names
+            if name not in actions
+        )
         if unknown:
             raise UserError(f"the config file {path} has unknown arguments: {unknown} (see {self.prog} --help).")
-        return [word for name, value in values.items() for word in _words(flags[name], value)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise UserError(f"the config file {path} has {twice} more than once: leave one line of them.")
+        words = []
+        for name, (_, node) in zip(names, root.value):
+            try:
+                words += _words(actions[name], node, loader)
+            except ValueError as error:
+                raise UserError(f"the config file {path} gives {name} {error}.") from None
+        return words
 
 
 @exit_on_user_error
@@ -121,6 +180,7 @@ def silence_libraries() -> None:
     import diffusers
     import transformers  # both here, since they take seconds that not every command has to wait
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of errors that are told
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -202,14 +262,44 @@ def check_output_dir(output_dir, argument: str = "--output_dir") -> None:
         raise UserError(f"{argument} {output_dir} cannot be written to: choose a folder that can.")
 
 
-def _words(flag: str, value) -> list[str]:
-    if value is None or value is False:
+def _words(action: argparse.Action, node: yaml.Node, loader: _Yaml) -> list[str]:
+    """The words of a command line that give `action` the value `node` of a config file.
+
+    Raises:
+        ValueError: it is no value of such an argument; the end of "gives learning_rate ...".
+    """
+    flag, is_scalar = action.option_strings[0], isinstance(node, yaml.ScalarNode)
+    if isinstance(node, yaml.MappingNode):
+        if action.type is not json_object:
+            raise ValueError("names with values, but it takes none: indent the lines below it less, or give a value")
+        try:
+            return [f"{flag}={json.dumps(loader.construct_document(node))}"]
+        except (TypeError, RecursionError, yaml.YAMLError):
+            raise ValueError("something that JSON cannot say: give it as text, in quotes") from None
+    if is_scalar and node.tag == "tag:yaml.org,2002:null":  # as if it were not given
+        if not node.value:
+            raise ValueError("no value: give one, or null for the default")
         return []
-    if value is True:
-        return [flag]
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
+    if action.nargs in (0, "?", "*") and is_scalar and node.value.lower() in SWITCHES:
+        return [flag] if SWITCHES[node.value.lower()] else []
+    if action.nargs == 0:
+        raise ValueError(f"{node.value if is_scalar else 'a list'}, but it is a switch: give true or false")
+    if is_scalar:
+        return [f"{flag}={_text(action, node)}"]
+    if action.nargs not in ("+", "*"):
+        raise ValueError("a list, but it takes one value: give that alone")
+    if not node.value and action.default != []:
+        raise ValueError("an empty list: name some, or leave the line out")
+    return [flag, *(_text(action, entry) for entry in node.value)] if node.value else []
+
+
+def _text(action: argparse.Action, node: yaml.Node) -> str:
+    """What stands in the file for one value."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("a list with lists or names in it: give values alone")
+    if node.tag.endswith((":null", ":bool")) and node.value not in (action.choices or ()):
+        raise ValueError(f"{node.value or 'nothing'}, which is no value of it: put it in quotes if text is meant")
+    return node.value
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -34,6 +34,7 @@ from hf_flowdistill.hub.student import few_step_pipeline, load_student
 from hf_flowdistill.networks.adapters import merged, save_lora
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import learn_contract
+from hf_flowdistill.teachers.finite import finite_images
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.averaging import common_settings, find_checkpoint, load_average, total_facts
 
@@ -158,6 +159,8 @@ def from_runs(args) -> Found:
     found = {checkpoint: checkpointing.read_state(checkpoint) for checkpoint in map(find_checkpoint, args.runs)}
     if len(found) < len(args.runs):
         raise UserError("one checkpoint is given more than once: a mean takes each of them once.")
+    for one in found.values():
+        monitors.check_trained(one)
     (checkpoint, state), several = next(iter(found.items())), len(found) > 1
     settings = common_settings(found)
     teacher = args.teacher or state["settings"]["pretrained_model_name_or_path"]
@@ -208,11 +211,12 @@ def draw_grid(folder, args):
     """Samples of the student, as it has been written, on its card: a row for each prompt, from seeds 0 to 3."""
     settings = read_settings(folder)
     student = few_step_pipeline(load_student(folder, settings, dtype=DTYPES[args.dtype]), settings).to(args.device)
-    images = [
-        student(prompt, generator=torch.Generator(args.device).manual_seed(seed)).images[0]
-        for prompt in args.prompts
-        for seed in range(COLUMNS)
-    ]
+    with finite_images(student):
+        images = [
+            student(prompt, generator=torch.Generator(args.device).manual_seed(seed)).images[0]
+            for prompt in args.prompts
+            for seed in range(COLUMNS)
+        ]
     settings["student"]["grid_prompts"] = args.prompts
     write_settings(folder, settings)
     add_results(folder, grid=make_image_grid(images, rows=len(args.prompts), cols=COLUMNS))

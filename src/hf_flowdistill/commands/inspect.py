@@ -9,6 +9,7 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
 from hf_flowdistill.teachers import encode_prompts, learn_contract, learn_low_precision
+from hf_flowdistill.training.initial_weights import check_no_student
 
 
 def main(input_args):
@@ -23,8 +24,10 @@ def main(input_args):
     args = parser.parse_args(input_args)
     check_device(args.device)
     silence_libraries()
-    origin = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    pipeline = load_pipeline(args.model, dtype=getattr(torch, args.dtype), **origin).to(args.device)
+    origin = {"revision": args.revision, "cache_dir": args.cache_dir}
+    check_no_student(args.model, **origin)
+    how = {"variant": args.variant, "dtype": getattr(torch, args.dtype)}
+    pipeline = load_pipeline(args.model, **how, **origin).to(args.device)
     resolution = args.resolution or own_resolution(pipeline)
     contract = learn_contract(
         pipeline,

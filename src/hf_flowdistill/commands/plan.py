@@ -13,11 +13,13 @@ from tqdm import tqdm
 from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.planning.choices import BASES, SHARE, format_choices, list_choices
+from hf_flowdistill.training.initial_weights import check_no_student
 
 
 def main(input_args):
     args = parse_args(input_args)
     silence_libraries()
+    check_no_student(args.model, revision=args.revision, cache_dir=args.cache_dir)
     try:
         choices = list_choices(
             args.model,
@@ -36,7 +38,9 @@ def main(input_args):
             revision=args.revision,
             cache_dir=args.cache_dir,
         )
-    except NotImplementedError as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a network without values raises is of any kind
         raise UserError(f"{args.model} cannot be planned without its weights: {first_line(error)}") from error
     print(f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n")
     print(format_choices(choices))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from hf_flowdistill.data.files import checksum, flush, replace_text
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.teachers.finite import has_nan
 
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,13 @@ def read_about(path: Path, name: str) -> dict[str, Any]:
 
 
 def check_shard(path: Path) -> None:
-    """Raise `UserError` unless the bytes of `path` have the checksum in its name."""
+    """Raise `UserError` unless the bytes of `path` have the checksum in its name, and no number in it is NaN."""
     if path.stem.rpartition("-")[2] != checksum(path)[:DIGITS]:
         raise corrupt(path, "its bytes do not have the checksum in its name")
+    with safe_open(path, "pt") as shard:
+        broken = next((name for name in shard.keys() if has_nan(shard.get_tensor(name))), None)
+    if broken:
+        raise corrupt(path, f"{broken} holds NaN")
 
 
 def corrupt(path: Path, reason: str) -> UserError:

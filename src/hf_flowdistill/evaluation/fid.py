@@ -5,6 +5,9 @@
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from hf_flowdistill.errors import UserError
+from hf_flowdistill.teachers.finite import is_finite
+
 
 class FID:
     """Frechet distance (arXiv 1706.08500) to one set of real pictures.
@@ -22,6 +25,8 @@ class FID:
         self._update(real, real_pictures=True)
 
     def _update(self, pictures, real_pictures):
+        if not is_finite(pictures):
+            raise UserError("pictures to be scored are not finite: draw them in a longer dtype.")
         for part in pictures.split(self.batch_size):
             self.metric.update(part, real=real_pictures)
 

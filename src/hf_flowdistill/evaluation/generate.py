@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_flowdistill.teachers.finite import finite_images
+
 
 @dataclass
 class Generated:
@@ -32,6 +34,9 @@ def generate(
 
     Noise drawn between steps also follows the seed where the pipeline hands its `generator` to the scheduler, as a
     student's own pipeline does. `call` holds further arguments of the pipeline's call.
+
+    Raises:
+        UserError: a picture would not be finite.
     """
     rows = 0
 
@@ -47,14 +52,15 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-            output = pipeline(
-                part,
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                generator=generators,
-                output_type="pt",
-                **call,
-            )
+            with finite_images(pipeline):
+                output = pipeline(
+                    part,
+                    num_inference_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    generator=generators,
+                    output_type="pt",
+                    **call,
+                )
             images.append(output.images.float().cpu())
     finally:
         handle.remove()

@@ -79,6 +79,7 @@ FACTS = {
     "hardware": ("hardware", str),
     "training_hours": ("hours of updates", _hours),
     "device_hours": ("cost in device hours", _hours),
+    "skipped_updates": ("updates left out, since a loss or gradient was not finite", str),
 }
 
 

@@ -25,6 +25,7 @@ from hf_flowdistill.hub.secrets import without_secrets
 from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_settings
 from hf_flowdistill.hub.student import render_pipeline, student_scheduler
 from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
+from hf_flowdistill.teachers.finite import is_finite
 from hf_flowdistill.teachers.precision import cast_dtype, floating_dtype
 from hf_flowdistill.teachers.watch import guiders
 
@@ -48,8 +49,8 @@ class TrainingRecord:
 
     Attributes:
         arguments: for training_args.json. Secrets and the directories of absolute paths are left out.
-        measured: for the card: any of images_seen, hardware, training_hours, device_hours, and averaged, the number of
-            checkpoints that the weights are the mean of.
+        measured: for the card: any of images_seen, hardware, training_hours, device_hours, skipped_updates in words,
+            and averaged, the number of checkpoints that the weights are the mean of.
         method: a name in `card.METHODS`; None is what the arguments say.
         published_by: id of the repository that the weights come from, if somebody else has trained them.
     """
@@ -114,7 +115,8 @@ def export_student(
     Raises:
         UserError: if `output_dir` holds something else than an earlier export, if the pipeline's class is not one of
             diffusers', if its call does not take an argument of `pipeline_kwargs`, if components are to be referenced
-            of a teacher that is not on the Hub, if the report cannot be read, or if the disk is full.
+            of a teacher that is not on the Hub, if the report cannot be read, if a weight is not finite, or if
+            the disk is full.
         TypeError: if `transformer` is not of the class of the pipeline's transformer.
     """
     folder, base = check_export_dir(output_dir), type(pipeline).__name__
@@ -127,11 +129,10 @@ def export_student(
     if isinstance(card.report, str | Path):
         card = replace(card, report=read_report(card.report))
     transformer = pipeline.transformer if transformer is None else transformer
-    own = _own_components(pipeline, _cast(transformer, dtype), sampler, call)
-    student = _student_settings(pipeline, sampler, call, own, shared_components, teacher, training, card)
+    own = _own_components(pipeline, _finite(_cast(transformer, dtype)), sampler, call)
     settings = {
         "exported_by": f"hf_flowdistill {hf_flowdistill.__version__}",
-        "student": student,
+        "student": _student_settings(pipeline, sampler, call, own, shared_components, teacher, training, card),
         "training_args": without_secrets(training.arguments),
     }
     with _written_whole(folder) as unfinished:
@@ -140,6 +141,18 @@ def export_student(
         write_settings(unfinished, settings)
         add_results(unfinished, report=card.report, grid=card.grid)
     return folder
+
+
+def _finite(transformer):
+    """`transformer`, if its weights are."""
+    broken = [name for name, tensor in transformer.state_dict().items() if not is_finite(tensor)]
+    if broken:
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{len(broken)} of the student's weights are not finite in {dtype}, {broken[0]} for one: "
+            + ("export an earlier checkpoint." if dtype == "float32" else "export it with --dtype float32.")
+        )
+    return transformer
 
 
 def check_shared_components(shared_components, teacher) -> None:

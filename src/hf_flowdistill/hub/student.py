@@ -18,6 +18,7 @@ from hf_flowdistill.flow.rollout import NOISE_TYPES
 from hf_flowdistill.flow.timesteps import few_step_sigmas
 from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.networks.loading import load_pipeline
+from hf_flowdistill.networks.reports import complete_weights
 
 
 def student_scheduler(
@@ -101,12 +102,13 @@ def load_student(path, settings, *, dtype, revision=None, variant=None, cache_di
     if student.get("shared_components") != "referenced":
         return load_pipeline(path, dtype=dtype, **where)
     weights = {"dtype": dtype, "use_safetensors": True}
-    parts = {
-        name: getattr(diffusers, kind).from_pretrained(
-            path, subfolder=name, **(where | weights if name == "transformer" else where)
-        )
-        for name, kind in student["own_components"].items()
-    }
+    with complete_weights(path):
+        parts = {
+            name: getattr(diffusers, kind).from_pretrained(
+                path, subfolder=name, **(where | weights if name == "transformer" else where)
+            )
+            for name, kind in student["own_components"].items()
+        }
     teacher = {"revision": student["teacher_revision"], "cache_dir": cache_dir}
     return load_pipeline(student["base_model"], dtype=dtype, **teacher, **parts)
 

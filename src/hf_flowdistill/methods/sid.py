@@ -21,6 +21,9 @@ from hf_flowdistill.methods.reference import measure_teacher
 from hf_flowdistill.networks.roles import Networks
 
 
+SCALES = "teacher_guidance_scale", "fake_guidance_scale", "fake_train_guidance_scale"
+
+
 @dataclass(frozen=True)
 class SiDConfig:
     """The method's settings; the defaults are the paper's.
@@ -183,6 +186,8 @@ class SiD(Method):
                 f"{contract.pipeline_class} takes no sigmas in its call, so a student of it could not be given them: "
                 "leave out --sigmas."
             )
+        if not contract.guidance_modes:
+            check_unguided(contract.pipeline_class, vars(self.args))
         teacher, fake = choose_guidance(contract, self.args.guidance_mode, self.args.fake_guidance_mode)
         self.config = replace(self.config, guidance_mode=teacher, fake_guidance_mode=fake)
 
@@ -255,8 +260,27 @@ def _keeping_x0(turn: Callable, made: list[Tensor]) -> Callable:
     return kept
 
 
+def check_unguided(name: str, args: dict[str, Any]) -> None:
+    """Refuse arguments that guide the teacher of the pipeline class `name`, which has no guidance.
+
+    Raises:
+        UserError: one of the scales is not 1 or not given, or a mode is given.
+    """
+    for scale in SCALES:
+        if args.get(scale) not in (None, 1):
+            raise UserError(
+                f"{name} has no guidance, neither by a negative prompt nor by a scale that it embeds, and --{scale} "
+                f"is {args[scale]:g}: give --{scale} 1."
+            )
+    for option in ("guidance_mode", "fake_guidance_mode", "guidance_rescale"):
+        if args.get(option):
+            raise UserError(f"{name} has no guidance: leave out --{option}.")
+
+
 def choose_guidance(contract, teacher: str | None, fake: str | None) -> tuple[str, str]:
     """The modes of guidance of teacher and fake score, as given or, for None, this kind of teacher's default.
+
+    Of a teacher without guidance it is "cfg", which at scale 1 is one plain call.
 
     Raises:
         UserError: this kind of teacher has no such mode.

@@ -35,7 +35,8 @@ class AdversarialConfig(sid.SiDConfig):
     """`SiDConfig` and the stage's own settings.
 
     Attributes:
-        discriminator_features: full name of the module whose input the features are; see `networks.features.find_projection`.
+        discriminator_features: full name of the module whose input the features are; see
+            `networks.features.find_projection`.
         discriminator_weight: of the discriminator's term in the fake score's loss, beside a regression of weight 1.
         adversarial_weight: of the adversarial term in the generator's loss; that of SiD is 1 less it.
         discriminator_warmup_images: the generator rests before, while the features learn to tell real from fake.

@@ -5,11 +5,14 @@
 import hashlib
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+import transformers
+from diffusers import AutoModel, DiffusionPipeline
 from torch.distributed.tensor import DTensor
 
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.networks.reports import complete_weights
 from hf_flowdistill.teachers.watch import check_flow_matching
 
 
@@ -49,21 +52,57 @@ def load_pipeline(
     the index lists as absent (SD3 without T5, say) are absent. Those that are given as `components` are not read.
 
     Raises:
-        UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, or
-            not a flow-matching transformer.
+        UserError: there is nothing at `path`, it is no diffusers pipeline, has weights that are not in safetensors, is
+            quantized, lacks weights, or has not a flow-matching transformer.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
+    check_not_quantized(path, index, **where)
     given = {name: None for name, component in index.items() if component == [None, None]} | components
     try:
         # Pickles can run any code when they are loaded.
         how = {"variant": variant, "dtype": dtype, "use_safetensors": True}
-        pipeline = DiffusionPipeline.from_pretrained(path, **how, **where, **given)
-    except (OSError, ValueError, AttributeError) as error:
+        with complete_weights(path):
+            pipeline = DiffusionPipeline.from_pretrained(path, **how, **where, **given)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever kind a file of whatever kind is broken in
         raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_not_quantized(path, index: dict, *, revision=None, cache_dir=None) -> None:
+    """Refuse a pipeline of which a network is quantized, from the configurations alone.
+
+    Args:
+        index: from `read_index`.
+
+    Raises:
+        UserError: naming the component.
+    """
+    networks = (name for name, entry in index.items() if _is_network(entry))
+    for name in networks:
+        try:
+            config = AutoModel.load_config(str(path), subfolder=name, revision=revision, cache_dir=cache_dir)
+        except (OSError, ValueError):  # loading it will say what is wrong
+            continue
+        if config.get("quantization_config"):
+            raise UserError(
+                f"the component {name} of {path} is quantized already: give the model it was made from"
+                + (", and --base_quantization." if name == "transformer" else ".")
+            )
+
+
+def _is_network(entry) -> bool:
+    """Whether an entry of an index, [library, class], names one: nothing else has weights."""
+    if not isinstance(entry, (list, tuple)) or [type(part) for part in entry] != [str, str]:
+        return False
+    library, kind = entry
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
+    # of other libraries and of code beside the pipeline nothing is known
+    return cls is None or (isinstance(cls, type) and issubclass(cls, torch.nn.Module))
 
 
 def weights_digest(network: torch.nn.Module) -> str:

@@ -64,7 +64,8 @@ class RoleSettings:
             adapter on the teacher; or "lora", generator and fake score are two adapters on the teacher.
         rank, lora_alpha: of the adapters; an alpha of None is the rank, which scales by 1.
         lora_layers: as `wanted` in `linear_layers`.
-        base_quantization: of the teacher under two adapters, "none", "8bit" or "nf4"; see `networks.adapters.quantize`.
+        base_quantization: of the teacher under two adapters, "none", "8bit" or "nf4"; see
+            `networks.adapters.quantize`.
     """
 
     networks: str = "full"
@@ -103,7 +104,8 @@ FULL = RoleSettings()
 class Networks:
     """The three networks of a score distillation. All run in eval mode (no dropout), as the teacher does.
 
-    Each is called as the teacher's transformer is. Where they share it, they are roles on it (`networks.adapters.Role`).
+    Each is called as the teacher's transformer is. Where they share it, they are roles on it
+    (`networks.adapters.Role`).
 
     Attributes:
         teacher: frozen; gradient passes through it to its input, never into its parameters.

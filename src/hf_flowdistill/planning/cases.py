@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.methods.sid import SiDConfig
+from hf_flowdistill.methods.sid import SCALES, SiDConfig, check_unguided
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
 from hf_flowdistill.networks.roles import Networks, RoleSettings
@@ -27,6 +27,7 @@ from hf_flowdistill.planning.sizes import count
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.planning.startup import Start, measure_start
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.teachers.watch import can_be_guided
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import ROUNDINGS, build_optimizer
 
@@ -71,11 +72,15 @@ class Stage(NamedTuple):
             guidance: scales and modes, fields of `SiDConfig`; a mode that is None is that of the teacher, and the
                 teacher's is then "embedded" where the transformer embeds a scale, or else "cfg".
         """
-        size, transformer = {"height": height, "width": width}, load_skeleton(path, **origin).transformer
+        size, skeleton = {"height": height, "width": width}, load_skeleton(path, **origin)
+        transformer, guided = skeleton.transformer, can_be_guided(skeleton)
         shapes = measure_shapes(load_skeleton(path, **origin), **size, pipeline_kwargs=pipeline_kwargs)
         contract = stand_in_contract(shapes, **size)
         embeds = embeds_guidance(contract)
         given = {name: value for name, value in (guidance or {}).items() if value is not None}
+        if not guided:
+            check_unguided(type(skeleton).__name__, given)
+            given |= dict.fromkeys(SCALES, 1.0)
         given.setdefault("guidance_mode", "embedded" if embeds else "cfg")
         given.setdefault("fake_guidance_mode", given["guidance_mode"])
         for mode in (given["guidance_mode"], given["fake_guidance_mode"]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_flowdistill.errors import first_line
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.planning.cases import Case, Precision, Stage
 from hf_flowdistill.planning.describe import describe_memory, describe_networks, describe_roles, describe_shapes
@@ -80,7 +80,9 @@ def describe_peak(path, case: Case, processes: int, sharding: str, **stage) -> l
     """
     try:
         ((peak, start, _),) = case.memory(Stage.of(path, **stage), processes, [sharding])
-    except NotImplementedError as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a network without values raises is of any kind
         return [f"the peak is not known without the weights ({first_line(error)})"]
     parts = joined(peak.components, BUFFERS).most_common()
     return [

@@ -14,8 +14,14 @@ import transformers
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks.loading import read_index
-from hf_flowdistill.teachers.watch import call_arguments, check_flow_matching, check_size, plain_scheduler
+from hf_flowdistill.networks.loading import check_not_quantized, read_index
+from hf_flowdistill.teachers.watch import (
+    call_arguments,
+    check_flow_matching,
+    check_many_steps,
+    check_size,
+    plain_scheduler,
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,12 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
     Configurations, tokenizers and the scheduler are the pipeline's own.
 
     Raises:
-        UserError: as `networks.loading.load_pipeline`, or a component's configuration is missing or does not fit its class.
+        UserError: as `networks.loading.load_pipeline`, or a component's configuration is missing or does not fit its
+            class.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
     index = read_index(path, **where)
+    check_not_quantized(path, index, **where)
     cls = getattr(diffusers, str(index["_class_name"]), None)
     if cls is None:
         raise UserError(f"{path} is a {index['_class_name']}, which the installed diffusers does not have: update it.")
@@ -76,6 +84,7 @@ def load_skeleton(path, *, revision=None, cache_dir=None) -> diffusers.Diffusion
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not load as a diffusers pipeline: {first_line(error)}") from error
     check_flow_matching(pipeline)
+    check_many_steps(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -179,7 +188,7 @@ class _Watch:
         except NotImplementedError:
             if not self.calls:  # otherwise these are known, though the transformer or the decoder did not run
                 raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any kind: it is the pipeline's own code
             size = f"height {height}, width {width}"
             raise UserError(f"{name} fails when called with {size}: {first_line(error)}") from error
         return self.calls[0]

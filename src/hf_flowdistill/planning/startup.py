@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What is on an accelerator before training: while a contract is learned, and while texts are encoded.
 
-Weights come from main memory layer by layer there (`networks.placement.streamed`), but for text encoders, which stay while they
-encode if there is room (`networks.placement.has_room`).
+Weights come from main memory layer by layer there (`networks.placement.streamed`), but for text encoders, which stay
+while they encode if there is room (`networks.placement.has_room`).
 """
 
 from dataclasses import dataclass, replace

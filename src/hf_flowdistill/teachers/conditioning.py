@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.arguments import pad
+from hf_flowdistill.teachers.finite import has_nan
 from hf_flowdistill.teachers.watch import call_arguments, call_parameters, plain_scheduler, undisturbed, watch
 
 
@@ -217,6 +218,9 @@ def _capture(pipeline, contract, prompts, negative_prompt=None):
 
 def _unlike_learned(contract, calls) -> str | None:
     """What is not as it was when the contract was learned, in words."""
+    overflowing = next((name for call in calls for name, value in call.items() if has_nan(value)), None)
+    if overflowing is not None:
+        return f"its text encoders make NaN ({overflowing}), as float16 does where numbers are large,"
     constant = contract.changed_constant(calls)
     if constant is not None:
         return f"its transformer's argument {constant} is another one"

@@ -9,6 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from hf_flowdistill.teachers.finite import finite_images
 from hf_flowdistill.teachers.watch import call_arguments, plain_scheduler, undisturbed, watch
 
 
@@ -24,11 +25,12 @@ def decode(pipeline, contract, latents: Tensor, output_type: str = "pil", *, bat
 
     Raises:
         ValueError: latents of another shape.
+        UserError: the images would not be finite.
     """
     if tuple(latents.shape[1:]) != contract.latent_shape:
         raise ValueError(f"expected latents [n, *{contract.latent_shape}], not {tuple(latents.shape)}")
     batches = []
-    with undisturbed(pipeline):
+    with undisturbed(pipeline), finite_images(pipeline):
         for part in latents.split(batch_size):
             arguments = call_arguments(
                 pipeline,

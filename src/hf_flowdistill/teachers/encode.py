@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.decode import decode
+from hf_flowdistill.teachers.finite import advice, is_finite
 from hf_flowdistill.teachers.watch import undisturbed
 
 
@@ -59,6 +60,7 @@ class ImageEncoder:
 
         Raises:
             ValueError: an image of another size or mode.
+            UserError: the latents are not finite.
         """
         for image in images:
             if image.size != (self.width, self.height) or image.mode != "RGB":
@@ -76,6 +78,8 @@ class ImageEncoder:
         encoded = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
         if encoded.shape[1:] != self.vae_shape:
             raise ValueError(f"the VAE makes {tuple(encoded.shape[1:])} of an image, and decodes {self.vae_shape}")
+        if not is_finite(encoded):
+            raise UserError(f"the VAE makes numbers that are not finite of an image{advice({'vae': self.vae})}.")
         return self.from_vae(encoded)
 
     def from_vae(self, encoded: Tensor) -> Tensor:

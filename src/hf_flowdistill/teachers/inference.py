@@ -5,6 +5,7 @@
 Every function looks at recorded tensors only. None of them knows a model family.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,14 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.arguments import Slot
-from hf_flowdistill.teachers.watch import Step
+from hf_flowdistill.teachers.watch import CallFailed, Step
 
 
 def refuse(name: str, reason: str):
     """Raise the `UserError` that says why `name` cannot be a teacher."""
     raise UserError(f"{name} cannot be a teacher: {reason}; choose another pipeline.")
+
+
+@contextlib.contextmanager
+def followed(name: str):
+    """Inside, whatever goes wrong is a `UserError` that says why `name` cannot be a teacher."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, CallFailed) else f"{type(error).__name__}: "
+        raise UserError(
+            f"{name} cannot be a teacher: its own call cannot be followed ({kind}{first_line(error)}); choose another "
+            "pipeline, or other --pipeline_kwargs."
+        ) from error
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

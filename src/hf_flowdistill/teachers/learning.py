@@ -14,6 +14,8 @@ from hf_flowdistill.flow import guide
 from hf_flowdistill.teachers import inference
 from hf_flowdistill.teachers.arguments import get
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.teachers.every_step import GuidedSteps
+from hf_flowdistill.teachers.finite import check_watched
 from hf_flowdistill.teachers.guidance import Guidance
 from hf_flowdistill.teachers.inference import as_batch, refuse, relative_error
 from hf_flowdistill.teachers.replay import (
@@ -30,6 +32,7 @@ from hf_flowdistill.teachers.watch import (
     call_arguments,
     call_parameters,
     check_flow_matching,
+    check_many_steps,
     check_size,
     guiders,
     own_scheduler,
@@ -54,7 +57,8 @@ def learn_contract(pipeline, *, height: int, width: int, pipeline_kwargs: dict[s
     """Watch `pipeline` make an image and learn how it talks to its transformer, for one image size.
 
     Three steps for each of two prompts are watched without guidance, and three for one prompt with it; everything
-    else (two prompts in one call, twenty sigmas, another guidance scale) is watched with the transformer switched off.
+    else (two prompts in one call, twenty sigmas, a hundred guided steps, another guidance scale) is watched with the
+    transformer switched off.
     The contract is then replayed on the latents of all those steps side by side, and must give the pipeline's own
     outputs. That is eleven transformer calls (fourteen where guidance takes two calls a step), of six samples at most;
     one more for each kind of replay where the two prompts differ in length. The pipeline is left as it was, and the
@@ -69,10 +73,15 @@ def learn_contract(pipeline, *, height: int, width: int, pipeline_kwargs: dict[s
             does not fit, it names what does not.
     """
     check_flow_matching(pipeline)
+    check_many_steps(pipeline)
     watcher = _Watcher(pipeline, {"height": height, "width": width, "pipeline_kwargs": dict(pipeline_kwargs or {})})
-    with undisturbed(pipeline):
+    with undisturbed(pipeline), inference.followed(watcher.name):
         contract, steps = _learn_unguided(watcher)
+        every_step = GuidedSteps(pipeline, contract, PROMPTS[:1], NEGATIVE_PROMPT)
+        every_step.check_calls()
         contract, guided_steps = _learn_guidance(watcher, contract, steps[0].calls[0].arguments)
+        if guided_steps and contract.guidance.plain and not every_step.check_scale(contract, watcher.tolerance):
+            contract = replace(contract, guidance=replace(contract.guidance, plain=False))
         low = contract.dtype not in (torch.float32, torch.float64)
         replayed = with_recorded_times(contract, steps + guided_steps) if low else contract
         errors = replay_errors(pipeline.transformer, replayed, steps, guided_steps)
@@ -225,6 +234,7 @@ def _watch_unguided(watcher: _Watcher) -> tuple[Guidance, list[Step]]:
         except (TypeError, ValueError, RuntimeError) as error:
             settings = ", ".join(f"{key} {value}" for key, value in watcher.settings.items() if value)
             raise UserError(f"{watcher.name} fails when called with {settings}: {first_line(error)}") from error
+        check_watched(watcher.pipeline, steps, images)
         if isinstance(images, np.ndarray):
             check_size(watcher.name, images, watcher.settings["height"], watcher.settings["width"])
         if all(len(step.calls) == 1 for step in steps) and inference.find_latent(steps) is not None:
@@ -259,11 +269,17 @@ def _learn_guidance(watcher: _Watcher, contract: Contract, single: dict[str, Any
     steps, _ = watcher(PROMPTS[:1], contract.guidance, guided=True, negative_prompt=NEGATIVE_PROMPT)
     scale = contract.guidance.watched_scale
     own = [getattr(watcher.pipeline, name) for name in guiders(watcher.pipeline)]
-    plain = all(type(guider) is ClassifierFreeGuidance and guider.guidance_rescale == 0 for guider in own) and all(
+    plain = all(map(_is_plain, own)) and all(
         relative_error(guide(*half_velocities(contract, step), scale), step.model_output) <= watcher.tolerance
         for step in steps
     )
     return replace(contract, guidance=replace(contract.guidance, plain=plain)), steps
+
+
+def _is_plain(guider) -> bool:
+    """Whether a component that guides does nothing but classifier-free guidance, in all steps."""
+    part = guider.config.get("start", 0.0), guider.config.get("stop", 1.0)
+    return type(guider) is ClassifierFreeGuidance and guider.guidance_rescale == 0 and part == (0.0, 1.0)
 
 
 def _with_constants_of(watcher: _Watcher, contract: Contract, calls) -> Contract:

@@ -18,13 +18,18 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 
 
 SCALE = 2.0  # of the classifier-free guidance in every guided call that is watched
+GUIDANCE_SCALES = ("guidance_scale", "true_cfg_scale")  # the ends of their names
 SET_BY_US = frozenset(
     "prompt negative_prompt height width num_inference_steps latents generator output_type return_dict".split()
 )
+
+
+class CallFailed(RuntimeError):
+    """Something in a pipeline's own call raised; the message is its first line."""
 
 
 @dataclass
@@ -77,6 +82,21 @@ def check_flow_matching(pipeline) -> None:
         raise UserError(f"{name} has no transformer: load the pipeline with its transformer.")
 
 
+def check_many_steps(pipeline) -> None:
+    """Raise `UserError` if the scheduler of `pipeline` is one for students only."""
+    name, kind = type(pipeline).__name__, type(pipeline.scheduler).__name__
+    if kind == "FlowMatchLCMScheduler":
+        raise UserError(
+            f"{name} cannot be a teacher: its scheduler, {kind}, is a sampler of students of few steps; choose the "
+            "many-step model it was made from, or, if it is one, save it with a FlowMatchEulerDiscreteScheduler."
+        )
+
+
+def can_be_guided(pipeline) -> bool:
+    """Whether its call has an argument, or it has a component, that guides."""
+    return bool(guiders(pipeline)) or any(name.endswith(GUIDANCE_SCALES) for name in call_parameters(pipeline))
+
+
 def call_arguments(pipeline, prompts, *, height, width, pipeline_kwargs, negative_prompt=None, **more) -> dict:
     """Keyword arguments of `pipeline.__call__`, those that it does not have left out.
 
@@ -88,6 +108,11 @@ def call_arguments(pipeline, prompts, *, height, width, pipeline_kwargs, negativ
         if name not in accepted or name in SET_BY_US:
             reason = "is set by the library" if name in SET_BY_US else f"is no argument of {type(pipeline).__name__}"
             raise UserError(f"pipeline_kwargs has '{name}', which {reason}: leave it out.")
+        if name.endswith(GUIDANCE_SCALES):
+            raise UserError(
+                f"pipeline_kwargs has '{name}', which is set by the library: leave it out, and give the scale of the "
+                "teacher as --teacher_guidance_scale."
+            )
     arguments = {
         "prompt": list(prompts),
         "height": height,
@@ -114,14 +139,27 @@ def check_size(name: str, images, height: int, width: int) -> None:
         raise UserError(f"{name} makes {made} when asked for height {height}, width {width}: ask for {made}.")
 
 
-def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] | None = None, guided: bool = False):
+def watch(
+    pipeline,
+    arguments: dict,
+    *,
+    scheduler,
+    stub: Callable[[dict], Any] | None = None,
+    guided: bool = False,
+    keep: Callable[[dict], dict] | None = None,
+):
     """Call the pipeline with `arguments` and return (list of `Step`, what the pipeline returned first).
 
     `scheduler` stands in for the pipeline's own (and is used up: pass a fresh one). With `stub`, the transformer does
     not run: `stub(arguments by name)` gives what it returns, so the call costs text encoding and decoding only.
     `guided` matters where the pipeline keeps its guidance in a component (a diffusers guider) instead of an argument
-    of its call: plain classifier-free guidance at `SCALE` stands in for it, or none. Use inside `undisturbed`.
+    of its call: plain classifier-free guidance at `SCALE` stands in for it, or none. Of the arguments of a transformer
+    call, by name, `keep` gives what its record holds, by default copies of all. Use inside `undisturbed`.
+
+    Raises:
+        CallFailed: whatever the pipeline's call raises, but for `UserError` and a lack of memory.
     """
+    keep = keep or _copied
     transformer = pipeline.transformer
     stand_ins = {name: ClassifierFreeGuidance(SCALE, enabled=guided) for name in guiders(pipeline)}
     stand_ins["scheduler"] = scheduler
@@ -132,7 +170,7 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] |
 
     def watched_forward(*args, **kwargs):
         named = _by_name(forward_signature, args, kwargs)
-        call = TransformerCall({name: _copied(value) for name, value in named.items()}, None)
+        call = TransformerCall(keep(named), None)
         output = forward(*args, **kwargs) if stub is None else stub(named)
         call.output = _copied(first_output(output))
         if not isinstance(output, (Tensor, list)):
@@ -154,6 +192,10 @@ def watch(pipeline, arguments: dict, *, scheduler, stub: Callable[[dict], Any] |
     transformer.forward = watched_forward
     try:
         return steps, pipeline(**arguments)[0]
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _failed(error) from error
     finally:
         transformer.forward = forward
         pipeline.__dict__.update(replaced)
@@ -215,6 +257,11 @@ def undisturbed(pipeline):
 def first_output(output):
     """The sample of a transformer's output, which is a tuple, an output object or the tensor itself."""
     return output if isinstance(output, (Tensor, list)) else output[0]
+
+
+def _failed(error: Exception) -> CallFailed:
+    usual = isinstance(error, (RuntimeError, TypeError, ValueError))  # those of other kinds say little by themselves
+    return CallFailed(first_line(error) if usual else f"{type(error).__name__}: {first_line(error)}")
 
 
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:

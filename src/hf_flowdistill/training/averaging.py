@@ -54,9 +54,12 @@ def total_facts(found) -> dict:
     """What the runs of these checkpoints have cost together, as far as it is known of all; each run counts once."""
     in_order = sorted(found.items(), key=lambda item: item[1]["images_seen"])
     facts = [monitors.training_facts(*run) for run in {path.parent: state for path, state in in_order}.items()]
+    skipped = "; ".join(one["skipped_updates"] for one in facts if "skipped_updates" in one)
     known = {name: [one[name] for one in facts] for name in facts[0] if all(name in one for one in facts)}
+    known.pop("skipped_updates", None)
     hardware = ", ".join(dict.fromkeys(known.pop("hardware", [])))
-    return {name: sum(values) for name, values in known.items()} | ({"hardware": hardware} if hardware else {})
+    told = {name: text for name, text in {"hardware": hardware, "skipped_updates": skipped}.items() if text}
+    return {name: sum(values) for name, values in known.items()} | told
 
 
 @torch.no_grad()

@@ -11,9 +11,26 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.networks.adapters import LORA_FILE, Role
 from hf_flowdistill.networks.loading import read_index
+from hf_flowdistill.networks.reports import complete_weights
 from hf_flowdistill.training.distributed import together
+
+
+def check_no_student(path, *, revision=None, cache_dir=None) -> None:
+    """Refuse a teacher at `path` that is a student which this library has exported.
+
+    Raises:
+        UserError: naming the teacher of that student.
+    """
+    settings = read_settings(path, revision=revision, cache_dir=cache_dir)
+    if settings is not None:
+        teacher = settings["student"].get("teacher") or "the model it was distilled from"
+        raise UserError(
+            f"{path} is itself a student of few steps, so it cannot be a teacher: give {teacher} as "
+            "--pretrained_model_name_or_path, and this one as --student_model_name_or_path to go on with it."
+        )
 
 
 def check_student(path, teacher, *, revision=None, cache_dir=None) -> None:
@@ -59,7 +76,8 @@ def load_weights(path, generator: torch.nn.Module, transformer: torch.nn.Module,
         elif sharding.is_main:
             load = type(transformer).from_pretrained
             how = {"subfolder": "transformer", "dtype": torch.float32, "use_safetensors": True}
-            weights.update(_load(load, path, cache_dir=cache_dir, **how).state_dict())
+            with complete_weights(path):
+                weights.update(_load(load, path, cache_dir=cache_dir, **how).state_dict())
         else:
             return
         expected = {name: tensor.shape for name, tensor in generator.state_dict().items()}

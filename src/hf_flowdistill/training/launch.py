@@ -17,7 +17,7 @@ from hf_flowdistill.hub.export import check_export_dir
 from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
-from hf_flowdistill.training.initial_weights import check_student
+from hf_flowdistill.training.initial_weights import check_no_student, check_student
 from hf_flowdistill.training.sharding import process_group_backend
 
 
@@ -81,12 +81,14 @@ def identify(args, method, accelerator, prompts: list[str]) -> Identity:
     """Which run this is, once it is sure that the output folder is its own; nothing is written or changed yet.
 
     Raises:
-        UserError: the folder is another run's, or the student that is to be gone on with is not this teacher's.
+        UserError: the folder is another run's, the teacher is itself a student, or the student that is to be gone on
+            with is not this teacher's.
     """
     identity = Identity(run_settings(args, prompts, accelerator, of_images=method.takes_images))
     identity.recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     identity.check()
     check_export_dir(Path(args.output_dir, "student"))
+    check_no_student(args.pretrained_model_name_or_path, **origin_of(args))
     student = getattr(args, "student_model_name_or_path", None)
     check_student(student, args.pretrained_model_name_or_path, **origin_of(args))
     return identity

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hf_flowdistill.data.files import replace_text
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.training.distributed import mean_over_ranks
 
 
@@ -127,6 +128,22 @@ def _seen(line: str) -> float:
         return math.inf
 
 
+def left_out(state) -> str:
+    """How many updates of each network were left out, in words; nothing for those without any."""
+    some = [(name, *counts) for name, counts in state["turns"].items() if counts[1]]
+    return ", ".join(f"{skipped} of {taken + skipped} of {name}" for name, taken, skipped in some)
+
+
+def check_trained(state) -> None:
+    """Raise `UserError` if all updates of the generator up to `state` were left out: it is still what it began as."""
+    taken, skipped = state.get("turns", {}).get("generator", (0, 0))
+    if skipped and not taken:
+        raise UserError(
+            f"there is no student: none of the generator's {skipped} updates was taken, since its loss or gradient "
+            "was never finite; lower the learning rates, or train in float32."
+        )
+
+
 def describe_hardware(accelerator) -> dict:
     """What the training runs on: "hardware" in words, "processes"."""
     cuda = accelerator.device.type == "cuda"
@@ -135,9 +152,10 @@ def describe_hardware(accelerator) -> dict:
 
 
 def training_facts(output_dir, state) -> dict:
-    """A run's cost up to `state`, as far as it is known: images_seen, hardware, and the updates' hours."""
+    """A run's cost up to `state`, as far as it is known: images_seen, hardware, hours, updates that were left out."""
     seen, file = state["images_seen"], Path(output_dir, "metrics.jsonl")
     facts = {"images_seen": seen, "hardware": state.get("hardware")}
+    facts["skipped_updates"] = left_out(state) if state.get("turns") else ""
     records = (
         [json.loads(line) for line in file.read_text().splitlines() if _seen(line) <= seen] if file.exists() else []
     )

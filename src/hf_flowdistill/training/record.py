@@ -10,8 +10,10 @@ import torch
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.methods.method import Size, Update
 from hf_flowdistill.teachers import decode
+from hf_flowdistill.teachers.watch import CallFailed
 from hf_flowdistill.training import monitors
 from hf_flowdistill.training.run import Run
 
@@ -40,19 +42,29 @@ class Record:
             total=args.max_train_images, initial=state["images_seen"], unit="img", disable=not self._is_main
         )
 
-    def write(self, update: Update, number: int, learning_rate: float, metrics: dict[str, dict], skipped: int) -> None:
+    def write(self, update: Update, number: int, learning_rate: float, metrics: dict, skipped: list[str]) -> None:
         """Note one update, whose images `state` counts already.
 
         Args:
             number: of its image size.
-            metrics: of each turn, by the name of the network.
-            skipped: how many turns took no step, since a loss or a gradient was not finite.
+            metrics: of each turn, a dictionary, by the name of the network.
+            skipped: the networks whose turn took no step, since a loss or a gradient was not finite.
 
         Raises:
             SystemExit: the updates before were skipped too.
         """
         run, state, args = self._run, self._run.state, self._run.args
-        state["skipped_updates"] += skipped
+        before = state["skipped_updates"]
+        state["skipped_updates"] += len(skipped)
+        for turn in metrics:
+            taken, left_out = state["turns"].get(turn, (0, 0))
+            state["turns"][turn] = [taken + (turn not in skipped), left_out + (turn in skipped)]
+        if before.bit_length() < state["skipped_updates"].bit_length():  # the first, and whenever they have doubled
+            self._bar.clear()
+            logger.warning(
+                f"{state['images_seen']} images: the update of {' and '.join(skipped)} is left out, since its loss or "
+                f"gradient is not finite; so far {monitors.left_out(state)}"
+            )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise SystemExit(
@@ -83,7 +95,8 @@ class Record:
         self._file.write(record)
         run.accelerator.log(record, step=run.state["images_seen"])
         self._shown |= record
-        self._bar.set_postfix_str(monitors.progress(self._shown, run.method.progress), refresh=False)
+        shown, skipped = monitors.progress(self._shown, run.method.progress), run.state["skipped_updates"]
+        self._bar.set_postfix_str(shown + f", {skipped} skipped" * bool(skipped), refresh=False)
 
     def begin(self) -> None:
         """An update begins: its time counts from now."""
@@ -116,8 +129,13 @@ def _draw_sheet(run: Run, size: Size) -> None:
         latents.append(x0)
     if not run.accelerator.is_main_process:
         return
-    with run.teacher.on_device():
-        images = decode(run.teacher.pipeline, size.contract, torch.cat(latents), batch_size=1)  # beside all networks
+    try:
+        with run.teacher.on_device():
+            # one at a time, since they are beside all networks
+            images = decode(run.teacher.pipeline, size.contract, torch.cat(latents), batch_size=1)
+    except (UserError, CallFailed) as error:
+        logger.warning(f"{run.state['images_seen']} images: there is no sheet of samples ({error})")
+        return
     sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
     name = f"{size.contract.height}x{size.contract.width}" if args.aspect_ratio_buckets else ""
     monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", name), run.state["images_seen"])

@@ -14,6 +14,7 @@ How a script uses it, with its own loop in between:
 
 import functools
 import logging
+import math
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import draw_bucket, global_indices, sample_noise, stream_seed
 from hf_flowdistill.hub.export import CardContent, TeacherSource, TrainingRecord, export_student
 from hf_flowdistill.hub.push import push_student
@@ -49,9 +51,9 @@ class Run:
     """A training that is ready to begin, or to go on.
 
     Attributes:
-        state: JSON, what a checkpoint keeps besides tensors: "images_seen", "step" and "skipped_updates", the run's
-            "settings" as they were asked for, of them what was "used" otherwise, the monitors' "averages", "teacher"
-            for each image size.
+        state: JSON, what a checkpoint keeps besides tensors: "images_seen", "step" and "skipped_updates", the "turns"
+            of each network that took a step and that did not, the run's "settings" as they were asked for, of them
+            what was "used" otherwise, the monitors' "averages", "teacher" for each image size.
     """
 
     args: Any
@@ -164,12 +166,14 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         start_as_student(args, method, networks, teacher)
     ema = EMA(networks.generator, args.ema_half_life_images, copy=teacher.sharding.copy)
     optimizers = {name: build_adam(args, name, network) for name, network in networks.trained().items()}
-    state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "settings": identity.settings, "averages": {}}
+    state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "turns": {}}
+    state |= {"settings": identity.settings, "averages": {}}
     run = Run(args, accelerator, method, teacher, texts, networks, ema, optimizers, state)
     if checkpoint is None:
         state["teacher"] = [measure(run, size) for size in texts.sizes]
     else:
         state |= checkpointing.load_checkpoint(checkpoint, **run.saved)
+        state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
         logger.info(f"going on from {checkpoint}")
     state |= {"used": method.used | used_roles(args), **monitors.describe_hardware(accelerator)}
@@ -238,14 +242,33 @@ def build_adam(args, name: str, network) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def measure(run: Run, size: Size) -> dict[str, float]:
-    """What the method shows its records beside, on up to 16 prompts."""
+    """What the method shows its records beside, on up to 16 prompts.
+
+    Raises:
+        UserError: the teacher overflows in this precision.
+    """
     with run.accelerator.autocast():
-        return run.method.measure(run.networks, run.fixed_samples(size, range(min(16, run.texts.prompts.count))))
+        found = run.method.measure(run.networks, run.fixed_samples(size, range(min(16, run.texts.prompts.count))))
+    broken = next((name for name, value in found.items() if not math.isfinite(value)), None)
+    if broken:
+        how = f"{run.args.weight_dtype} weights, autocast {run.accelerator.mixed_precision}"
+        raise UserError(
+            f"the teacher's own latents are not finite as it runs here ({broken}; {how}): use --weight_dtype float32 "
+            "and --mixed_precision no, or less guidance."
+        )
+    return found
 
 
 def finish(run: Run) -> None:
-    """The averaged generator as an ordinary diffusers folder, with its LoRA file, and on the Hub if asked for."""
+    """The averaged generator as an ordinary diffusers folder, with its LoRA file, and on the Hub if asked for.
+
+    Raises:
+        UserError: the generator has taken no step, or its weights are not finite.
+    """
     args, state = run.args, run.state
+    monitors.check_trained(state)
+    if state["skipped_updates"]:
+        logger.warning(f"updates left out, since a loss or gradient was not finite: {monitors.left_out(state)}")
     run.accelerator.wait_for_everyone()
     student = run.teacher.sharding.gather(run.ema.model)
     if not run.accelerator.is_main_process:
