@@ -108,11 +108,6 @@ def call_arguments(pipeline, prompts, *, height, width, pipeline_kwargs, negativ
         if name not in accepted or name in SET_BY_US:
             reason = "is set by the library" if name in SET_BY_US else f"is no argument of {type(pipeline).__name__}"
             raise UserError(f"pipeline_kwargs has '{name}', which {reason}: leave it out.")
-        if name.endswith(GUIDANCE_SCALES):
-            raise UserError(
-                f"pipeline_kwargs has '{name}', which is set by the library: leave it out, and give the scale of the "
-                "teacher as --teacher_guidance_scale."
-            )
     arguments = {
         "prompt": list(prompts),
         "height": height,
