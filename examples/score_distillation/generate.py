@@ -94,8 +94,9 @@ def main(input_args=None):
         batch = prompts[start : start + args.batch_size]
         seeds = [args.seed + start + i for i in range(len(batch))]
         # Some stock samplers draw from the global generator, whatever they are given. It does not get a seed of these:
-        # the sampler would repeat the noise that the image starts from.
-        torch.manual_seed(2**32 + args.seed + start)
+        # the sampler would repeat the noise that an image starts from. On a CPU the low 32 bits of a seed count, so
+        # one of those differs from all that images have.
+        torch.manual_seed(seeds[0] ^ 2**31)
         generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
         try:
             with finite_images(pipeline):

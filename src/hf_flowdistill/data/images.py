@@ -42,7 +42,7 @@ from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
 from hf_flowdistill.data.shards import LOCK_FILE, check_shard, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.flow.draws import permutation
 from hf_flowdistill.teachers.encode import ImageEncoder
 
 
@@ -162,8 +162,7 @@ class ImagePairs:
         return torch.cat(latents)
 
     def _draw_permutation(self, purpose: str, first: int, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(self._seed, purpose, "part", first, number))
-        return torch.randperm(len(self.captions), generator=generator)
+        return permutation(len(self.captions), self._seed, purpose, "part", first, number)
 
     def _advance(self) -> None:
         self.state = {"first": self.state["first"] + len(self.captions), "row": self._next_row}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.flow.draws import permutation
 
 
 CAPTION_COLUMN = "text"
@@ -140,5 +140,4 @@ class PromptStream:
         return torch.stack(picked)
 
     def _draw_pass(self, purpose: str, number: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, purpose, number))
-        return self.row_of[torch.randperm(self.count, generator=generator)]
+        return self.row_of[permutation(self.count, self.seed, purpose, number)]

@@ -1,6 +1,9 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The sigma convention and all that follows from it: maps, noise levels, weights, draws, the sampler. torch only."""
+"""The sigma convention and all that follows from it: maps, noise levels, weights, draws, the sampler.
+
+torch only, and for draws numpy, which torch installs.
+"""
 
 from hf_flowdistill.flow.paths import (
     add_noise,

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_flowdistill.flow.draws import normal
 from hf_flowdistill.networks.quantized_sizes import QuantizedSizes
 from hf_flowdistill.teachers.precision import floating_dtype
 
@@ -57,11 +58,14 @@ class SharedBase:
         plain = [self.transformer.get_submodule(name) for name in self.targets] if not self.adapters else []
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _whole_shapes(plain):
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # adapters beside each other are meant
-            torch.default_generator.manual_seed(self.seed + len(self.adapters))
             inject_adapter_in_model(config, self.transformer, adapter)
         for parameter, flag in flags:  # peft freezes all but the newest adapter
             parameter.requires_grad_(flag)
         self.layers = {name: self.transformer.get_submodule(name) for name in self.targets}
+        with torch.no_grad():  # "gaussian" as peft has it, from numbers of our own
+            for name, layer in self.layers.items():
+                first = layer.lora_A[adapter].weight
+                first.copy_(normal(first.shape, self.seed, "adapter", len(self.adapters), name) / self.rank)
         self.adapters.append(adapter)
         self._switch(self.active)
         return Role(self, adapter).float().requires_grad_(True)

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.flow.draws import half_words
 from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients, whole
 
 
@@ -131,10 +131,9 @@ def round_stochastically(weights: torch.Tensor, parameter: torch.Tensor, *key) -
         places = zip(parameter.placements, parameter.device_mesh.get_coordinate())
         key = (*key, *(place for placement, place in places if placement.is_shard()))
         weights, parameter = weights.to_local(), parameter.to_local()
-    generator = torch.Generator(weights.device).manual_seed(stream_seed("rounding", *key))
     bits = weights.view(torch.int32)
     # bfloat16 is the upper half of a float32: what the lower half is short of a carry is up to chance
-    bits += torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    bits += half_words(bits.shape, bits.device, "rounding", *key)
     bits &= -(2**16)
     parameter.copy_(weights)
 
