@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_flowdistill.flow.draws import stream
+from hf_flowdistill.flow.draws import stream_seed
 from hf_flowdistill.training.distributed import average_gradients
 from scenes import random_scene, render
 
@@ -77,9 +77,9 @@ def build_optimizers(networks, learning_rate):
 
 
 def fit(networks, loss_of, args) -> None:
-    """Lower `loss_of(step, rng)`, and leave the average over the last steps in the networks.
+    """Lower `loss_of(step, generator)`, and leave the average over the last steps in the networks.
 
-    Resumes from --work_dir/transformer.pt. Under torchrun every process has random numbers of its own.
+    Resumes from --work_dir/transformer.pt. Under torchrun every process draws from a generator of its own.
     """
     state_file, rank = Path(args.work_dir) / "transformer.pt", int(os.environ.get("RANK", 0))
     trainable = [p for p in networks.parameters() if p.requires_grad]
@@ -91,12 +91,12 @@ def fit(networks, loss_of, args) -> None:
             optimizer.load_state_dict(saved)
         average, start = state["average"], state["step"]
         print(f"resumed at step {start}", flush=True)
-    rng = stream(args.seed, rank, start)
+    generator = torch.Generator().manual_seed(stream_seed(args.seed, rank, start))
     muon_precision = contextlib.nullcontext() if multiplies_bf16() else Float32()
     mean_loss, started = None, time.time()
     for step in range(start, args.steps):
         factor = min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        loss = loss_of(step, rng)
+        loss = loss_of(step, generator)
         networks.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(trainable)

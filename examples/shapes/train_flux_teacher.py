@@ -14,7 +14,6 @@ import argparse
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -146,7 +145,7 @@ def train_text(encoder, tokens, wanted, args) -> None:
     """Let the T5 say what the first teacher's text encoders say, token by token, to start from."""
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.text_steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(args.seed + 1)  # the weights were drawn from --seed
+    generator = torch.Generator().manual_seed(args.seed)
     for step in range(args.text_steps):
         rows = torch.randint(len(tokens), (64,), generator=generator)
         loss = F.mse_loss(encoder(tokens[rows]).last_hidden_state, wanted[rows])
@@ -181,12 +180,12 @@ def train_transformer(pipeline, source, args) -> None:
     others = (1 - args.relation_share) / (1 - SHARES["relation"])
     shares = {kind: args.relation_share if kind == "relation" else others * SHARES[kind] for kind in SHARES}
 
-    def loss_of(step, rng):
-        pick = draw_rows(by_kind, args.batch_size, rng, shares)
+    def loss_of(step, generator):
+        pick = draw_rows(by_kind, args.batch_size, generator, shares)
         text, x0 = rows[pick], latents[pick].float()
-        noise = torch.from_numpy(rng.standard_normal(x0.shape, np.float32))
-        sigma = sigma_from_normal(torch.from_numpy(rng.standard_normal(len(pick), np.float32)), mean=1.0, std=1.3)
-        guidance = 1 + (MOST_GUIDANCE - 1) * torch.from_numpy(rng.random(len(pick), np.float32))
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = sigma_from_normal(torch.randn(len(pick), generator=generator), mean=1.0, std=1.3)
+        guidance = 1 + (MOST_GUIDANCE - 1) * torch.rand(len(pick), generator=generator)
         x_t = flow.add_noise(x0, noise, sigma)
         both = torch.cat([torch.full_like(text, len(unique) - 1), text])
         with mixed_precision():

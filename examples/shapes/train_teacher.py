@@ -17,7 +17,6 @@ import os
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -163,7 +162,7 @@ def build_pipeline(args) -> StableDiffusion3Pipeline:
 
 def train_vae(vae, args) -> None:
     """Autoencoder on fresh renders: absolute error, a little KL; then latents are standardised by the config."""
-    rng, generator = random.Random(args.seed + 1), torch.Generator().manual_seed(args.seed + 1)  # another than weights
+    rng, generator = random.Random(args.seed + 1), torch.Generator().manual_seed(args.seed)
 
     def loss_of(images):
         posterior = vae.encode(images).latent_dist
@@ -230,11 +229,12 @@ def load_renders(vae, args):
     return latents, unique, torch.tensor([row[prompt] for prompt in prompts]), by_kind
 
 
-def draw_rows(by_kind: list[torch.Tensor], count: int, rng: np.random.Generator, shares=SHARES) -> torch.Tensor:
+def draw_rows(by_kind: list[torch.Tensor], count: int, generator, shares=SHARES) -> torch.Tensor:
     """[count] numbers of renders, the kinds of their prompts drawn by `shares`."""
-    weights = np.array(list(shares.values()))
-    drawn = rng.choice(len(weights), count, p=weights / weights.sum())
-    return torch.stack([by_kind[i][rng.integers(len(by_kind[i]))] for i in drawn])
+    drawn = torch.multinomial(
+        torch.tensor(list(shares.values())), count, replacement=True, generator=generator
+    ).tolist()
+    return torch.stack([by_kind[i][torch.randint(len(by_kind[i]), (), generator=generator)] for i in drawn])
 
 
 def train_transformer(pipeline, args) -> None:
@@ -247,14 +247,14 @@ def train_transformer(pipeline, args) -> None:
     tokens = pipeline.tokenizer(unique, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
     transformer = torch.compile(pipeline.transformer) if args.compile else pipeline.transformer
 
-    def loss_of(step, rng):
+    def loss_of(step, generator):
         null = step % 16 == 15
-        pick = draw_rows(by_kind, args.batch_size // 4 if null else args.batch_size, rng)
-        dropped = torch.from_numpy(rng.random(len(pick)) < 0.1)
+        pick = draw_rows(by_kind, args.batch_size // 4 if null else args.batch_size, generator)
+        dropped = torch.rand(len(pick), generator=generator) < 0.1
         text = tokens[torch.where(dropped, len(unique) - 1, rows[pick])]
         x0 = latents[pick].float()
-        noise = torch.from_numpy(rng.standard_normal(x0.shape, np.float32))
-        sigma = sigma_from_normal(torch.from_numpy(rng.standard_normal(len(pick), np.float32)), mean=1.0, std=1.3)
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = sigma_from_normal(torch.randn(len(pick), generator=generator), mean=1.0, std=1.3)
         with mixed_precision():
             prompt_embeds, pooled = encode_text(pipeline, text)
             if null:

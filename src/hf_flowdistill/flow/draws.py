@@ -14,7 +14,6 @@ where the processor's logarithm does.
 import bisect
 import hashlib
 import itertools
-import math
 
 import numpy as np
 import torch
@@ -38,14 +37,8 @@ def stream(*key) -> np.random.Generator:
 
 
 def normal(shape, *key) -> torch.Tensor:
-    """Standard normal numbers of `key`, float32 of `shape` on the CPU, up to 5.8 in size.
-
-    Box and Muller's, from two uniform numbers of 24 bits for every two of them.
-    """
-    count = math.prod(shape)
-    distance, turn = stream(*key).random((2, (count + 1) // 2), dtype=np.float32)
-    radius, angle = np.sqrt(-2 * np.log(1 - distance)), np.float32(2 * math.pi) * turn
-    return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].reshape(shape))
+    """Standard normal numbers of `key`, float32 of `shape` on the CPU."""
+    return torch.from_numpy(stream(*key).standard_normal(tuple(shape), dtype=np.float32))
 
 
 def permutation(count: int, *key) -> torch.Tensor:
