@@ -110,7 +110,7 @@ def test_weights_that_are_streamed_change_nothing(name, monkeypatch):
         return contract, encode_prompts(pipeline, contract, ["red circle"]), decode(pipeline, contract, latents, "pt")
 
     expected = run()
-    monkeypatch.setattr("hf_flowdistill.networks.roles.waits", lambda module, device: True)
+    monkeypatch.setattr("hf_flowdistill.networks.placement.waits", lambda module, device: True)
     with streamed(modules_of(pipeline).values(), "cpu"):
         assert {p.device.type for module in modules_of(pipeline).values() for p in module.parameters()} == {"meta"}
         contract, conditioning, image = run()

@@ -451,7 +451,7 @@ def test_help_reads_well(capsys):
         train_sid_dit.main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for part in ("teacher and prompts:", "method (", "optimization (", "output:", "(default: 1e-06)", "(default: 0.9"):
+    for part in ("teacher:", "prompts:", "method (", "optimization (", "output:", "(default: 1e-06)", "(default: 0.9"):
         assert part in text
     assert "None" not in text and max(map(len, text.splitlines())) <= 119
 

@@ -59,7 +59,7 @@ NATURAL = Bounded(int, "at least 0", lambda value: value >= 0)
 POSITIVE = Bounded(float, "a number above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Bounded(float, "a number from 0", lambda value: 0 <= value < math.inf)
 FINITE = Bounded(float, "a finite number", math.isfinite)
-SHARE = Bounded(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE = Bounded(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 DECAY = Bounded(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

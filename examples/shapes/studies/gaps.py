@@ -25,6 +25,7 @@ from hf_flowdistill import flow
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells
+from hf_flowdistill.methods.sid import choose_guidance
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import decode
 from hf_flowdistill.training.checkpointing import latest_checkpoint
@@ -86,7 +87,7 @@ def main():
     generator, fake_score = load_pipeline(run / "student").transformer, copy.deepcopy(pipeline.transformer)
     load_model(fake_score, checkpoint / "fake_score.safetensors")
     draw = functools.partial(torch.randn, len(scenes), *contract.latent_shape, generator=noise_generator)
-    mode, fake_mode = train_sid_dit.choose_guidance(trained, contract)
+    mode, fake_mode = choose_guidance(contract, trained.guidance_mode, trained.fake_guidance_mode)
     of_teacher = trained.teacher_guidance_scale, mode, trained.guidance_rescale
     of_fake = trained.fake_guidance_scale, fake_mode
 

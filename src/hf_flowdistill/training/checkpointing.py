@@ -260,8 +260,7 @@ def check_same_run(recorded: dict, current: dict) -> None:
     """
     differing = [n for n in sorted(current) if recorded.get(n) != current[n]]
     if differing:
-        was = {n: repr(recorded[n]) if n in recorded else "not recorded" for n in differing}
-        listed = ", ".join(f"{n} (was {was[n]}, now {current[n]!r})" for n in differing)
+        listed = ", ".join(f"{n} (was {recorded.get(n)!r}, now {current[n]!r})" for n in differing)
         why = "" if "max_train_images" not in differing else LENGTH_COUNTS
         raise UserError(
             f"what is to be resumed is from a run with other settings, {listed}{why}: use those, or start a new run."
