@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_model
 from study import after_calls, build_parser, load_setting, predict_x0, report, sampler_of
 
-from demo import train_sid_dit
 from detector import correct, detect
 from hf_flowdistill import flow
 from hf_flowdistill.cli import silence_libraries
