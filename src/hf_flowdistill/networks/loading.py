@@ -3,6 +3,7 @@
 """Loading a teacher pipeline, and telling its weights from others."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -64,6 +65,22 @@ def load_pipeline(
     check_flow_matching(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def configuration(pipeline) -> dict:
+    """What a teacher's networks of diffusers and its scheduler are configured as: "transformer.norm_eps" -> a value.
+
+    JSON; where they come from, and with which version they were saved, is not in it.
+    """
+    configs = {name: getattr(part, "config", None) for name, part in pipeline.components.items()}
+    values = {
+        f"{name}.{key}": value
+        for name, config in configs.items()
+        if isinstance(config, dict)  # of diffusers; the conditioning of text encoders is known by its cache
+        for key, value in config.items()
+        if not key.startswith("_")
+    }
+    return json.loads(json.dumps(values, default=str))
 
 
 def weights_digest(network: torch.nn.Module) -> str:
