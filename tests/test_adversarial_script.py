@@ -38,8 +38,9 @@ def stand_in(monkeypatch):
 
 
 def adversarial(output_dir, *more, **named):
-    settings = {"prompt_file": None, "dataset_name": "none", "student_model_name_or_path": saved_student(), **named}
-    return script_arguments(output_dir, "--adversarial", *more, **settings)
+    settings = {"prompt_file": None, "dataset_name": "none", "student_model_name_or_path": saved_student()}
+    gate = {"discriminator_warmup_images": 0, "adversarial_start_images": 0}  # the defaults are longer than these runs
+    return script_arguments(output_dir, "--adversarial", *more, **{**settings, **gate, **named})
 
 
 def of_generator(checkpoint):
@@ -72,7 +73,7 @@ def test_images_are_the_pairs(tmp_path, monkeypatch):
     columns = write_image_set(tmp_path / "set", "imagefolder", 20, broken={3})
     data = {"dataset_name": tmp_path / "set", **columns, "images_per_part": 8, **GATE}
     run_here(*adversarial(tmp_path / "whole", **data, max_train_images=16))
-    run_here(*adversarial(tmp_path / "parts", **data, max_train_images=4))
+    run_here(*adversarial(tmp_path / "parts", **data, max_train_images=12))
     run_here(*adversarial(tmp_path / "parts", **data, max_train_images=16, resume_from_checkpoint="latest"))
     whole, parts = (networks_in(tmp_path / name / "checkpoint-16") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -85,7 +86,8 @@ def test_a_student_with_a_lora_is_gone_on_with(tmp_path):
     lora = {"networks": "lora", "rank": 4, "lora_alpha": 6, "max_train_images": 4}
     run_here(*script_arguments(tmp_path / "first", **lora, ema_half_life_images=0))
     student = tmp_path / "first" / "student"
-    run_here(*adversarial(tmp_path / "run", **lora, student_model_name_or_path=student, **GATE))
+    more = {"max_train_images": 8, "student_model_name_or_path": student}  # it rests for four of them
+    run_here(*adversarial(tmp_path / "run", **{**lora, **more}, **GATE))
     start, trained = (of_generator(tmp_path / name / "checkpoint-4") for name in ("run", "first"))
     assert start.keys() == trained.keys()
     assert all(torch.allclose(start[name], trained[name], rtol=1e-6, atol=0) for name in trained)
@@ -176,11 +178,11 @@ def test_data_that_changed_is_another_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     columns = write_image_set(tmp_path / "set", "imagefolder", 8)
     data = {"dataset_name": tmp_path / "set", **columns, **GATE}
-    run_here(*adversarial(tmp_path / "run", "--streaming", **data, max_train_images=4))
+    run_here(*adversarial(tmp_path / "run", "--streaming", **data, max_train_images=8))
     shutil.copy(tmp_path / "set" / "00001.jpg", tmp_path / "set" / "00000.jpg")
     with pytest.raises(UserError, match="from a run with other settings, dataset .was .*: use those, or start a new"):
         run_here(
-            *adversarial(tmp_path / "run", "--streaming", **data, max_train_images=8, resume_from_checkpoint="latest")
+            *adversarial(tmp_path / "run", "--streaming", **data, max_train_images=12, resume_from_checkpoint="latest")
         )
 
 

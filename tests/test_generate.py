@@ -80,6 +80,31 @@ def test_any_other_pipeline_draws_with_what_the_command_line_says(tmp_path):
     assert Image.open(tmp_path / "samples" / "grid.png").size == (32, 48)
 
 
+@pytest.mark.parametrize("seed", [5, 2**31 + 5, 2**32 - 1, -1])
+def test_a_stock_sampler_does_not_repeat_the_noise_that_images_start_from(seed, tmp_path, monkeypatch):
+    """One that draws from the global generator in every step, on a CPU."""
+    pipeline = tiny_pipelines.stable_diffusion_3(with_t5=False)
+    pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config({"stochastic_sampling": True}))
+    pipeline.save_pretrained(tmp_path / "stochastic")
+    drawn, randn_like = [], torch.randn_like
+
+    def recorded(*args, **kwargs):
+        drawn.append(randn_like(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randn_like", recorded)
+    words = f"--pretrained_model_name_or_path {tmp_path / 'stochastic'} --seed={seed} --batch_size 2 --resolution 16"
+    words += f" --num_inference_steps 2 --output_dir {tmp_path / 'out'} --device cpu --prompts a b c"
+    call = ["--pipeline_kwargs", '{"max_sequence_length": 0}']
+    runpy.run_path(str(SCRIPT))["main"]([*words.split(), *call])
+    shape = drawn[0].shape[1:]
+    starts = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)]
+    assert [len(noise) for noise in drawn] == [2, 2, 1, 1]  # a batch of two and one of one, of two steps each
+    rows = [row for noise in drawn for row in noise]
+    assert not any(torch.isclose(row, start).all() for row in rows for start in starts)
+    assert not any(torch.isclose(row, other).all() for n, row in enumerate(rows) for other in rows[:n])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -27,7 +27,9 @@ class Regression(Method):
     """The generator's velocity on samples that the teacher makes in two steps: no fake score."""
 
     trains = ("generator",)
-    sampler = Sampler(num_steps=2)
+
+    def sampler(self, images_seen):
+        return Sampler(num_steps=2)
 
     def update(self, step, images_seen):
         return Update({"generator": self.turn}, self.draw, record={"half": images_seen >= 8})

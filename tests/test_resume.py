@@ -71,7 +71,7 @@ def test_a_shared_rollout_resumes_to_the_same_bits(adversarial, tmp_path, monkey
         gate |= {"discriminator_warmup_images": 4, "adversarial_start_images": 4}
     whole, parts = ((tmp_path / name, *more) for name in ("whole", "parts"))
     run_here(*script_arguments(*whole, max_train_images=12, **gate))
-    run_here(*script_arguments(*parts, max_train_images=4, **gate))
+    run_here(*script_arguments(*parts, max_train_images=8, **gate))
     run_here(*script_arguments(*parts, max_train_images=12, resume_from_checkpoint="latest", **gate))
     same_bits(whole[0] / "checkpoint-12", parts[0] / "checkpoint-12")
     same_metrics(whole[0], parts[0])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from hf_flowdistill.methods.reference import measure_teacher
 from hf_flowdistill.training.monitors import (
     MetricsFile,
+    add_hardware,
     average_metrics,
     drift,
     progress,
@@ -123,12 +125,25 @@ def test_trackers_get_no_token_and_nothing_they_cannot_take():
     assert tracker_config(args) == {"alpha": 1.0, "validation_prompts": "['a']", "revision": "None", "flag": True}
 
 
+def test_hardware_is_all_that_a_run_was_on():
+    eight, one = (argparse.Namespace(num_processes=n, device=torch.device("cpu")) for n in (8, 1))
+    state = {}
+    for launch in (eight, eight, one, eight):
+        state["hardware"] = add_hardware(state, launch)
+    assert re.fullmatch(r"8 x CPU \(\d+ threads\), then 1 x CPU \(\d+ threads\)", state["hardware"])
+
+
 def test_what_a_run_cost_up_to_a_checkpoint(tmp_path):
-    state = {"images_seen": 8, "settings": {"images_per_update": 4}, "hardware": "2 x H100", "processes": 2}
+    state = {"images_seen": 8, "settings": {"images_per_update": 4}, "hardware": "2 x H100"}
     assert training_facts(tmp_path, state) == {"images_seen": 8, "hardware": "2 x H100"}
     records = [{"images_seen": seen, "images_per_second": 4 / 1800} for seen in (4, 8, 12)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     facts = training_facts(tmp_path, state)
-    assert (facts["training_hours"], facts["device_hours"]) == pytest.approx((1.0, 2.0))
+    assert facts["training_hours"] == pytest.approx(1.0) and "device_hours" not in facts  # as on how many devices?
+    for record, processes in zip(records, (8, 1, 1)):
+        record["processes"] = processes
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    facts = training_facts(tmp_path, state)
+    assert (facts["training_hours"], facts["device_hours"]) == pytest.approx((1.0, 0.5 * 8 + 0.5 * 1))
     # a half line of a killed run, or lines that are missing, are no measurement
     assert "training_hours" not in training_facts(tmp_path, {**state, "images_seen": 16})

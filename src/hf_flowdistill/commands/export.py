@@ -36,7 +36,14 @@ from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import learn_contract
 from hf_flowdistill.teachers.finite import finite_images
 from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.averaging import common_settings, find_checkpoint, load_average, total_facts
+from hf_flowdistill.training.averaging import (
+    check_teacher,
+    common_method,
+    common_settings,
+    find_checkpoint,
+    load_average,
+    total_facts,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,24 +170,50 @@ def from_runs(args) -> Found:
         monitors.check_trained(one)
     (checkpoint, state), several = next(iter(found.items())), len(found) > 1
     settings = common_settings(found)
-    teacher = args.teacher or state["settings"]["pretrained_model_name_or_path"]
+    teacher, origin = find_teacher(args, checkpoint, state["settings"])
     check_shared_components(args.shared_components, teacher)
-    origin = {} if args.teacher else {name: state["settings"][name] for name in ("revision", "variant")}
-    pipeline = load_pipeline(teacher, dtype=DTYPES[args.dtype], cache_dir=args.cache_dir, **origin)
+    dtype, where = DTYPES[args.dtype], {"cache_dir": args.cache_dir, **origin}
+    pipeline = load_pipeline(teacher, dtype=dtype, **where)
+
+    def transformer():
+        if dtype == torch.float32:
+            return pipeline.transformer
+        how = {"subfolder": "transformer", "dtype": torch.float32, "use_safetensors": True}
+        return type(pipeline.transformer).from_pretrained(teacher, **how, **where)
+
+    # what was trained whole has weights of its own
+    compared = args.teacher or settings.get("networks") == "lora"
+    check_teacher(settings, pipeline, teacher, transformer if compared else None)
     facts = total_facts(found)
     return Found(
         pipeline=pipeline,
         network=load_average(list(found), pipeline.transformer, settings),
-        # runs of earlier versions have no sigmas
-        sampler=Sampler(settings["num_steps"], settings["noise_type"], settings.get("sigmas")),
+        sampler=Sampler(settings["num_steps"], settings["noise_type"], settings["sigmas"]),
         pipeline_kwargs=settings["pipeline_kwargs"] | {"height": settings["height"], "width": settings["width"]},
         teacher=TeacherSource(teacher, origin.get("revision")),
         training=TrainingRecord(
             arguments={**settings, "images_seen": facts["images_seen"]},
             measured=facts | ({"averaged": len(found)} if several else {}),
+            **common_method(found),
         ),
         grid=None if several else monitors.last_sheet(checkpoint.parent, state),
     )
+
+
+def find_teacher(args, checkpoint: Path, settings: dict) -> tuple[str, dict]:
+    """Where the teacher is: as it is told, or as the run recorded it, with its revision and variant.
+
+    Raises:
+        UserError: it is no longer where it was.
+    """
+    if args.teacher:
+        return args.teacher, {}
+    teacher = settings["pretrained_model_name_or_path"]
+    if Path(teacher).is_absolute() and not Path(teacher).exists():  # a folder is recorded by its absolute path
+        raise UserError(
+            f"{teacher}, the teacher of {checkpoint}, is no longer there: say with --teacher where it is now."
+        )
+    return teacher, {name: settings[name] for name in ("revision", "variant")}
 
 
 def from_repo(args) -> Found:

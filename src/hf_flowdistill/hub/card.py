@@ -44,8 +44,8 @@ METHODS["sid_adversarial"] = METHODS["sid"] | {
 # Arguments that say how and where a run was made, not what was trained.
 NOT_HYPERPARAMETERS = re.compile(
     "config$|pretrained_model|student_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"
-    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|teacher_weights|"
-    "images_seen|dataset_|caption_column|dry_run|images_per_second"
+    "num_validation|report_to|tracker|push_to_hub|hub_|dataloader|local_rank|pipeline_kwargs|prompts$|"
+    "teacher_(weights|config)|images_seen|dataset_|caption_column|dry_run|images_per_second"
 )
 COLUMNS = {
     "pipeline": ("pipeline", str),
@@ -63,6 +63,7 @@ NOT_ALWAYS_NOTED = {  # by exports of earlier versions: what it was then
     "teacher_card": {},
     "run": {},
     "published_by": None,
+    "not_reached": [],
     "example_prompt": None,
     "grid_prompts": [],
 }

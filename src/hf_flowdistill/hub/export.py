@@ -53,12 +53,14 @@ class TrainingRecord:
             and averaged, the number of checkpoints that the weights are the mean of.
         method: a name in `card.METHODS`; None is what the arguments say.
         published_by: id of the repository that the weights come from, if somebody else has trained them.
+        not_reached: what the arguments ask for, and the training ended before.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     method: str | None = None
     published_by: str | None = None
+    not_reached: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def _student_settings(pipeline, sampler, call_defaults, own, shared_components, 
         "run": dict(training.measured),
         "repo_id": card.repo_id,
         "published_by": training.published_by,
+        "not_reached": list(training.not_reached),
         "example_prompt": card.example_prompt,
         "grid_prompts": list(card.grid_prompts) if card.grid is not None else [],
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_flowdistill.flow.draws import sample_noise
 from hf_flowdistill.flow.rollout import Sampler, rollout
+from hf_flowdistill.methods.phases import sampler_of
 
 
 class Size(NamedTuple):
@@ -130,14 +131,13 @@ class Method:
         """Arguments as they are used, where that is not as they were given."""
         return {}
 
-    @property
-    def sampler(self) -> Sampler:
-        """The student's."""
-        return Sampler(self.args.num_steps, self.args.noise_type, self.args.sigmas)
+    def sampler(self, images_seen: int) -> Sampler:
+        """The student's, in the update after `images_seen` images; see `Run.sampler` for the one that is published."""
+        return sampler_of(vars(self.args), images_seen)
 
-    def generate(self, network, contract, conditional, noises: Callable[[int], Tensor]) -> Tensor:
-        """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline makes it."""
-        return generate_x0(network, contract, conditional, noises, **vars(self.sampler))
+    def generate(self, network, contract, conditional, noises: Callable[[int], Tensor], sampler: Sampler) -> Tensor:
+        """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline with `sampler` makes it."""
+        return generate_x0(network, contract, conditional, noises, **vars(sampler))
 
     def measure(self, networks, samples: Samples) -> dict[str, float]:
         """What the generator is shown beside in every record, measured once for each size before training."""

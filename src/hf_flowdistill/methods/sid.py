@@ -215,8 +215,7 @@ class SiD(Method):
         k = draw_k(
             args.seed, step, args.num_steps, shares=args.step_shares, progress=images_seen / args.max_train_images
         )
-        early = images_seen < args.sigmas_start_images
-        config = replace(self.config, sigmas=None if early else args.sigmas)
+        config = replace(self.config, **vars(self.sampler(images_seen)))
         turns, made = self.turns(images_seen), []
         if args.share_rollout:
             turns = dict(reversed(turns.items()))

@@ -3,6 +3,7 @@
 """Loading a teacher pipeline, and telling its weights from others."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import diffusers
@@ -103,6 +104,22 @@ def _is_network(entry) -> bool:
     cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
     # of other libraries and of code beside the pipeline nothing is known
     return cls is None or (isinstance(cls, type) and issubclass(cls, torch.nn.Module))
+
+
+def configuration(pipeline) -> dict:
+    """What a teacher's networks of diffusers and its scheduler are configured as: "transformer.norm_eps" -> a value.
+
+    JSON; where they come from, and with which version they were saved, is not in it.
+    """
+    configs = {name: getattr(part, "config", None) for name, part in pipeline.components.items()}
+    values = {
+        f"{name}.{key}": value
+        for name, config in configs.items()
+        if isinstance(config, dict)  # of diffusers; the conditioning of text encoders is known by its cache
+        for key, value in config.items()
+        if not key.startswith("_")
+    }
+    return json.loads(json.dumps(values, default=str))
 
 
 def weights_digest(network: torch.nn.Module) -> str:

@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.methods.phases import method_of, not_reached, trained_sampler
 from hf_flowdistill.networks.adapters import merged
+from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.training import checkpointing, monitors
+from hf_flowdistill.training.checkpointing import CONFIG, with_config
 
 
 # What runs must have in common for their mean to be a student: what they learned from, their sampler, their networks.
@@ -32,22 +35,65 @@ def find_checkpoint(run) -> Path:
 
 
 def common_settings(found) -> dict:
-    """The settings of runs, as lists where they differ. What makes a student must not: then a `UserError` says so."""
-    settings = {path: state["settings"] for path, state in found.items()}
+    """The settings of runs as they were used, as lists where they differ. What makes a student must not: then a
+    `UserError` says so."""
+    settings = {path: _used(state) for path, state in found.items()}
     first, *others = settings
-    for name in OF_ONE_STUDENT:
-        for other in others:
-            mine, theirs = settings[first].get(name), settings[other].get(name)
-            if mine != theirs:
+    for other in others:
+        mine, theirs = with_config(settings[first]), with_config(settings[other])
+        config = [name for name in mine if name.startswith(f"{CONFIG} ") and name in theirs]
+        for name in [*OF_ONE_STUDENT, *config]:
+            if mine.get(name) != theirs.get(name):
+                values = f"{mine.get(name)} and {theirs.get(name)}"
                 raise UserError(
-                    f"{first} and {other} differ in {name} ({mine} and {theirs}): give runs of one teacher, with the "
-                    "same sampler and networks."
+                    f"{first} and {other} differ in {name} ({values}): give runs of one teacher, with the same "
+                    "sampler and networks."
                 )
-    used = [
-        state["settings"] | state.get("used", {}) for state in found.values()
-    ]  # runs of earlier versions have none
+        if (CONFIG in settings[first]) != (CONFIG in settings[other]):
+            raise UserError(
+                f"{first} and {other} are from different versions, of which the earlier did not record the teacher's "
+                "configuration: give runs of one version."
+            )
+    used = list(settings.values())
     values = {name: [one.get(name) for one in used] for name in used[0]}
     return {name: given[0] if all(one == given[0] for one in given) else given for name, given in values.items()}
+
+
+def _used(state) -> dict:
+    """A run's settings as its student was trained with them; runs of earlier versions have recorded less."""
+    settings = state["settings"]
+    return settings | state.get("used", {}) | {"sigmas": trained_sampler(settings, state["images_seen"]).sigmas}
+
+
+def common_method(found) -> dict:
+    """The method of runs, and what none of them reached: arguments of `hub.export.TrainingRecord`."""
+    told = [(state["settings"], state["images_seen"]) for state in found.values()]
+    phrases = [not_reached(*one).values() for one in told]
+    return {
+        "method": max(method_of(*one) for one in told),  # one with the adversarial term is enough
+        "not_reached": [phrase for phrase in phrases[0] if all(phrase in others for others in phrases)],
+    }
+
+
+def check_teacher(settings: dict, pipeline, path, load_transformer) -> None:
+    """Refuse another teacher than the runs', as far as they recorded theirs.
+
+    Args:
+        settings: of `common_settings`.
+        pipeline: the one that was loaded from `path`.
+        load_transformer: () -> its transformer in float32, of which the weights are known; None where they need not be
+            compared.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    recorded, found = settings.get(CONFIG, {}), configuration(pipeline)
+    for name in sorted(recorded.keys() & found.keys()):
+        if recorded[name] != found[name]:
+            what = f"{name} is {found[name]!r}, in training it was {recorded[name]!r}"
+            raise UserError(f"{path} is not the teacher of this training, its {what}: name that with --teacher.")
+    if load_transformer and weights_digest(load_transformer()) != settings["teacher_weights"]:
+        raise UserError(f"{path} is not the teacher of this training, its weights differ: name that with --teacher.")
 
 
 def total_facts(found) -> dict:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 CHECKSUM_FILE = "SHA256SUMS"  # as of sha256sum, which can check it too
 RUN_FILE = "run.json"
+WHERE = {"pretrained_model_name_or_path", "revision", "variant"}  # of the teacher, who is known by weights and config
+CONFIG = "teacher_config"
 LENGTH_COUNTS = "; a training with --lr_scheduler linear or cosine, or --step_shares, cannot be made longer or shorter"
 
 
@@ -255,16 +257,31 @@ def _unreadable(path: Path, reason: str) -> str:
 def check_same_run(recorded: dict, current: dict) -> None:
     """Refuse to go on with a run of other settings than `current`; what is only in `recorded` is not looked at.
 
+    The teacher may have moved, and what only one version of diffusers configures is no difference.
+
     Raises:
         UserError: naming every setting that differs, with both values.
     """
-    differing = [n for n in sorted(current) if recorded.get(n) != current[n]]
+    if "teacher_weights" in recorded and CONFIG not in recorded:
+        raise UserError(
+            "what is to be resumed is from an earlier version, which did not record the teacher's configuration and "
+            "drew other random numbers: go on with that version, or start a new run."
+        )
+    recorded, current = with_config(recorded), with_config(current)
+    known = {n for n in current if n not in WHERE and (n in recorded or not n.startswith(f"{CONFIG} "))}
+    differing = [n for n in sorted(known) if recorded.get(n) != current[n]]
     if differing:
         listed = ", ".join(f"{n} (was {recorded.get(n)!r}, now {current[n]!r})" for n in differing)
         why = "" if "max_train_images" not in differing else LENGTH_COUNTS
         raise UserError(
             f"what is to be resumed is from a run with other settings, {listed}{why}: use those, or start a new run."
         )
+
+
+def with_config(settings: dict) -> dict:
+    """Settings, with every value of the teacher's configuration by a name of its own."""
+    config = {f"{CONFIG} {name}": value for name, value in settings.get(CONFIG, {}).items()}
+    return {name: value for name, value in settings.items() if name != CONFIG} | config
 
 
 def set_aside_later(output_dir, images_seen: int) -> None:

@@ -14,11 +14,15 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.export import check_export_dir
+from hf_flowdistill.methods.phases import not_reached
 from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
 from hf_flowdistill.training.initial_weights import check_no_student, check_student
 from hf_flowdistill.training.sharding import process_group_backend
+
+
+logger = logging.getLogger(__name__)
 
 
 def launch(args) -> Accelerator:
@@ -87,11 +91,28 @@ def identify(args, method, accelerator, prompts: list[str]) -> Identity:
     identity = Identity(run_settings(args, prompts, accelerator, of_images=method.takes_images))
     identity.recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     identity.check()
+    check_phases(identity.settings, args.max_train_images)
     check_export_dir(Path(args.output_dir, "student"))
     check_no_student(args.pretrained_model_name_or_path, **origin_of(args))
     student = getattr(args, "student_model_name_or_path", None)
     check_student(student, args.pretrained_model_name_or_path, **origin_of(args))
     return identity
+
+
+def check_phases(settings: dict, max_train_images: int) -> None:
+    """Say what the training ends before.
+
+    Raises:
+        UserError: that is all of the student's training.
+    """
+    missing = not_reached(settings, max_train_images)
+    if "discriminator_warmup_images" in missing:
+        raise UserError(
+            f"the student would rest for all of --max_train_images {max_train_images}, since "
+            f"--discriminator_warmup_images is {settings['discriminator_warmup_images']}: make it less."
+        )
+    for phrase in missing.values():
+        logger.warning(f"the training ends before {phrase}: --max_train_images is {max_train_images}")
 
 
 def find_checkpoint(args, accelerator, identity: Identity) -> None:

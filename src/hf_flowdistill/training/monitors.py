@@ -24,6 +24,7 @@ NORMAL = {  # monitor, averaged: (lowest, highest, what to do outside)
     "fake_score_lag": (0.0, 1.75, OUTRUN),
     "told_apart": (0.0, 0.9, WON),
 }
+THEN = ", then "
 AVERAGED_UPDATES = 25  # of one sampler step
 
 
@@ -144,15 +145,19 @@ def check_trained(state) -> None:
         )
 
 
-def describe_hardware(accelerator) -> dict:
-    """What the training runs on: "hardware" in words, "processes"."""
+def add_hardware(state, accelerator) -> str:
+    """What the training has run on, in words: what `state` knows of, and what it runs on now."""
     cuda = accelerator.device.type == "cuda"
     name = torch.cuda.get_device_name(accelerator.device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
-    return {"hardware": f"{accelerator.num_processes} x {name}", "processes": accelerator.num_processes}
+    before = filter(None, state.get("hardware", "").split(THEN))
+    return THEN.join(dict.fromkeys([*before, f"{accelerator.num_processes} x {name}"]))
 
 
 def training_facts(output_dir, state) -> dict:
-    """A run's cost up to `state`, as far as it is known: images_seen, hardware, hours, updates that were left out."""
+    """A run's cost up to `state`, as far as it is known: images_seen, hardware, hours, updates that were left out.
+
+    Device hours are not known where a record lacks its number of processes, as those of earlier versions do.
+    """
     seen, file = state["images_seen"], Path(output_dir, "metrics.jsonl")
     facts = {"images_seen": seen, "hardware": state.get("hardware")}
     facts["skipped_updates"] = left_out(state) if state.get("turns") else ""
@@ -161,8 +166,10 @@ def training_facts(output_dir, state) -> dict:
     )
     if records and seen == records[-1]["images_seen"]:
         images = state["settings"]["images_per_update"]
-        facts["training_hours"] = sum(images / record["images_per_second"] for record in records) / 3600
-        facts["device_hours"] = facts["training_hours"] * state.get("processes", 0)
+        hours = [images / record["images_per_second"] / 3600 for record in records]
+        facts["training_hours"] = sum(hours)
+        if all("processes" in record for record in records):
+            facts["device_hours"] = sum(hour * record["processes"] for hour, record in zip(hours, records))
     return {name: value for name, value in facts.items() if value}
 
 

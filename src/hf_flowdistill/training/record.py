@@ -82,6 +82,7 @@ class Record:
                 **({"height": contract.height, "width": contract.width} if args.aspect_ratio_buckets else {}),
                 **state["teacher"][number],
                 "images_per_second": run.images_per_update / seconds,
+                "processes": run.accelerator.num_processes,
             }
             record |= monitors.drift(record)
             self._show(record)
@@ -89,7 +90,7 @@ class Record:
 
     def _show(self, record: dict) -> None:
         run = self._run
-        for sentence in monitors.watch(record, run.state["averages"], num_steps=run.method.sampler.num_steps):
+        for sentence in monitors.watch(record, run.state["averages"], num_steps=run.sampler.num_steps):
             self._bar.clear()
             logger.warning(sentence)
         self._file.write(record)
@@ -125,6 +126,7 @@ def _draw_sheet(run: Run, size: Size) -> None:
                 size.contract,
                 size.validation[row].to(device),
                 lambda i, samples=samples: samples.noise(f"validation step {i}"),
+                run.sampler,
             )
         latents.append(x0)
     if not run.accelerator.is_main_process:

@@ -24,13 +24,15 @@ from accelerate import Accelerator
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import draw_bucket, global_indices, sample_noise, stream_seed
+from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import CardContent, TeacherSource, TrainingRecord, export_student
 from hf_flowdistill.hub.push import push_student
 from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.method import Method, Samples, Size
+from hf_flowdistill.methods.phases import last_begun, method_of, not_reached
 from hf_flowdistill.networks.adapters import merged, save_lora
 from hf_flowdistill.networks.arguments import role_settings
-from hf_flowdistill.networks.loading import weights_digest
+from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.placement import streamed
 from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing
 from hf_flowdistill.teachers import learn_low_precision
@@ -69,6 +71,11 @@ class Run:
     @property
     def images_per_update(self) -> int:
         return self.state["settings"]["images_per_update"]
+
+    @property
+    def sampler(self) -> Sampler:
+        """The student's as it is now: that of the last update, and not one that it has yet to be trained at."""
+        return self.method.sampler(last_begun(self.state["settings"], self.state["images_seen"]))
 
     @property
     def saved(self) -> dict:
@@ -149,7 +156,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     with teacher.on_device():
         method.settle(teacher.pipeline, teacher.contracts[0])
     roles.layers(transformer)  # which refuses unknown names, while that is early
-    identity.check(teacher_weights=weights_digest(transformer))
+    identity.check(teacher_weights=weights_digest(transformer), teacher_config=configuration(teacher.pipeline))
     transformer = teacher.sharding.release(teacher.pipeline, getattr(torch, args.weight_dtype))
     teacher = in_precision(teacher, transformer, accelerator)
     logger.info(f"the teacher's contract:\n{teacher.contracts[0].describe()}")
@@ -176,7 +183,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
         logger.info(f"going on from {checkpoint}")
-    state |= {"used": method.used | used_roles(args), **monitors.describe_hardware(accelerator)}
+    state |= {"used": method.used | used_roles(args), "hardware": monitors.add_hardware(state, accelerator)}
     logger.info(
         f"{texts.prompts.count} prompts ({len(texts.prompts.distinct)} distinct), {run.images_per_update} images "
         f"per update: {accelerator.num_processes} processes x {args.gradient_accumulation_steps} micro-batches x "
@@ -225,7 +232,7 @@ def start_as_student(args, method: Method, networks: Networks, teacher: Teacher)
     """Give the generator the weights of the student that it goes on with."""
     path = args.student_model_name_or_path
     load_weights(path, networks.generator, teacher.pipeline.transformer, teacher.sharding, cache_dir=args.cache_dir)
-    if changed := sampler_change(path, *astuple(method.sampler), cache_dir=args.cache_dir):
+    if changed := sampler_change(path, *astuple(method.sampler(0)), cache_dir=args.cache_dir):
         logger.warning(changed)
 
 
@@ -276,13 +283,16 @@ def finish(run: Run) -> None:
     student_dir = export_student(
         run.teacher.pipeline,
         Path(args.output_dir, "student"),
-        run.method.sampler,
+        run.sampler,
         transformer=merged(student),
         contract=run.teacher.contracts[0],
         pipeline_kwargs=args.pipeline_kwargs | {"height": args.height, "width": args.width},
         teacher=TeacherSource(args.pretrained_model_name_or_path, args.revision),
         training=TrainingRecord(
-            arguments=used_arguments(run), measured=monitors.training_facts(args.output_dir, state)
+            arguments=used_arguments(run),
+            measured=monitors.training_facts(args.output_dir, state),
+            method=method_of(state["settings"], state["images_seen"]),
+            not_reached=list(not_reached(state["settings"], state["images_seen"]).values()),
         ),
         card=CardContent(
             repo_id=args.hub_model_id,
@@ -305,4 +315,5 @@ def used_roles(args) -> dict:
 def used_arguments(run: Run) -> dict:
     """The arguments as they were used, not as they were asked for: what `training_args.json` records."""
     state = run.state
-    return {**vars(run.args), **state["settings"], **state["used"], "images_seen": state["images_seen"]}
+    of_now = {"sigmas": run.sampler.sigmas, "images_seen": state["images_seen"]}
+    return {**vars(run.args), **state["settings"], **state["used"], **of_now}
