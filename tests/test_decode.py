@@ -8,6 +8,7 @@ import tiny_pipelines
 import torch
 from tiny_pipelines import HEIGHT, WIDTH
 
+from hf_flowdistill.errors import UserError
 from hf_flowdistill.teachers import decode, learn_contract
 
 
@@ -53,6 +54,21 @@ def test_in_batches(teacher):
     together, apart = decode(*teacher, latents, "np"), decode(*teacher, latents, "np", batch_size=2)
     assert together.shape == (3, HEIGHT, WIDTH, 3)
     np.testing.assert_allclose(apart, together, atol=1e-5)
+
+
+def test_what_is_not_finite_is_not_painted_black():
+    """A VAE that overflows in float16, and latents that are NaN."""
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    contract = learn_contract(pipeline, height=HEIGHT, width=WIDTH, pipeline_kwargs={"max_sequence_length": 16})
+    latents = torch.randn(1, *contract.latent_shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="not finite in its transformer"):
+        decode(pipeline, contract, latents * float("nan"))
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_in.weight, 3e4)
+    decode(pipeline, contract, latents)
+    pipeline.vae.half()
+    with pytest.raises(UserError, match="not finite in its vae, in float16: use bfloat16 or float32.$"):
+        decode(pipeline, contract, latents.half())
+    assert "decode" not in vars(pipeline.vae)
 
 
 def test_takes_latents_with_gradient_and_changes_nothing(teacher):

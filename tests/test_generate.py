@@ -46,6 +46,17 @@ def folder(tmp_path_factory):
     return export_student(tiny_pipelines.stable_diffusion_3(), folder, Sampler(), pipeline_kwargs=kwargs)
 
 
+def test_a_black_image_is_not_written(tmp_path):
+    pipeline = tiny_pipelines.stable_diffusion_3()
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_in.weight, 3e4)  # more than float16 can hold, after a sum
+    export_student(pipeline, tmp_path / "student", Sampler(), pipeline_kwargs={"max_sequence_length": 8})
+    words = ["--pretrained_model_name_or_path", tmp_path / "student", "--prompts", "a cat", "--dtype", "float16"]
+    done = generate(*words, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "makes numbers that are not finite in its vae, in float16: use bfloat16 or float32." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_student_draws_with_its_own_defaults_whatever_the_batch(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
     paths = ["--pretrained_model_name_or_path", str(folder), "--prompt_file", "prompts.txt", "--output_dir", "out"]

@@ -1,15 +1,20 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
+import json
+import shutil
+
 import pytest
 import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from training_helpers import PIPELINE_KWARGS, quiet, saved_teacher
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.loading import load_pipeline, weights_digest
 from hf_flowdistill.networks.placement import modules_of, move_all_but_transformer, streamed
 from hf_flowdistill.networks.roles import Networks
+from hf_flowdistill.planning.skeleton import load_skeleton
 from hf_flowdistill.teachers import decode, encode_prompts, learn_contract
 
 
@@ -32,6 +37,70 @@ def test_absent_components_stay_absent(tmp_path):
         tiny_pipelines.stable_diffusion_3(with_t5=False).save_pretrained(tmp_path)
         pipeline = load_pipeline(tmp_path)
     assert pipeline.text_encoder_3 is None and pipeline.tokenizer_3 is None and pipeline.text_encoder is not None
+
+
+def spoiled(folder, component, change=lambda weights: None, **config):
+    """A copy of the tiny SD3 with `change` made to one component's weights, and `config` to its configuration."""
+    shutil.copytree(saved_teacher("stable_diffusion_3"), folder)
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    settings = json.loads((folder / component / "config.json").read_text())
+    (folder / component / "config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+def shorter(name):
+    return lambda weights: weights.update({name: weights[name][..., :-1].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("component", "weight"),
+    [
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight"),
+        ("text_encoder_3", "shared.weight"),
+        ("transformer", "proj_out.weight"),
+        ("vae", "decoder.conv_in.weight"),
+    ],
+)
+def test_a_weight_that_is_missing_is_named_and_not_made_up(component, weight, tmp_path):
+    with pytest.raises(UserError) as error, quiet():
+        load_pipeline(spoiled(tmp_path / "less", component, lambda weights: weights.pop(weight)))
+    named = "encoder.embed_tokens.weight" if weight == "shared.weight" else weight  # T5's two names of it
+    assert f"the component {component} of " in str(error.value) and f", {named} for one" in str(error.value)
+    wrong = spoiled(tmp_path / "other", component, shorter(weight))
+    with pytest.raises(UserError, match=f"the component {component} of .*{weight.split('.')[-1]}") as error, quiet():
+        load_pipeline(wrong)
+    assert "\n" not in str(error.value) and "shape" in str(error.value)
+
+
+def test_a_weight_that_is_not_used_is_told(tmp_path, caplog):
+    more = spoiled(tmp_path / "more", "transformer", lambda weights: weights.update(strange=torch.zeros(3)))
+    with quiet():
+        load_pipeline(more)
+    (line,) = [record.message for record in caplog.records if record.name.startswith("hf_flowdistill")]
+    assert (
+        "the component transformer of " in line and "has 1 weight that its SD3Transformer2DModel does not use" in line
+    )
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+@pytest.mark.parametrize("load", [load_pipeline, load_skeleton])
+def test_what_is_quantized_already_is_refused(component, load, tmp_path):
+    path = spoiled(tmp_path / "small", component, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(
+        UserError, match=f"the component {component} of .* is quantized already: give the model it was"
+    ):
+        load(path)
+
+
+def test_a_file_that_ends_early(tmp_path):
+    path = spoiled(tmp_path / "half", "text_encoder")
+    (file,) = (path / "text_encoder").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="the component text_encoder of .* does not load: "), quiet():
+        load_pipeline(path)
 
 
 def test_the_hub_is_asked_for_ids_only(monkeypatch):

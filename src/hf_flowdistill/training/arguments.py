@@ -23,6 +23,7 @@ from hf_flowdistill.cli import (
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.push import check_push
 from hf_flowdistill.networks.roles import ROLES
+from hf_flowdistill.teachers.watch import GUIDANCE_SCALES
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, ROUNDINGS
 from hf_flowdistill.training.sharding import SHARDINGS
 
@@ -148,7 +149,7 @@ def check_teacher_arguments(args) -> None:
     """Fill in the defaults of `add_teacher_arguments` that depend on others, in place.
 
     Raises:
-        UserError: the teacher is missing, or the size of the images is given twice.
+        UserError: the teacher is missing, or the size of the images or the guidance is given twice.
     """
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
@@ -156,6 +157,12 @@ def check_teacher_arguments(args) -> None:
     args.height, args.width = args.height or height, args.width or width
     if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
         raise UserError("--height and --width are of one size: leave them out where there are --aspect_ratio_buckets.")
+    for name in args.pipeline_kwargs:
+        if name.endswith(GUIDANCE_SCALES):
+            raise UserError(
+                f"--pipeline_kwargs has '{name}', which the training sets: leave it out, and give the scale of the teacher "
+                "as --teacher_guidance_scale."
+            )
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
 
