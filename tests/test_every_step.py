@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Guidance that a teacher does not have in all of its steps, or not at all, is told by name."""
 
+import inspect
 import json
 
 import diffusers
@@ -38,6 +39,15 @@ class HalfGuided(diffusers.StableDiffusion3Pipeline):
     @property
     def do_classifier_free_guidance(self):
         return self._guidance_scale > 1
+
+
+STOCK = inspect.signature(diffusers.StableDiffusion3Pipeline.__call__)
+HalfGuided.__call__.__signature__ = STOCK.replace(
+    parameters=[
+        *STOCK.parameters.values(),
+        inspect.Parameter("guidance_stop", inspect.Parameter.KEYWORD_ONLY, default=1.0),
+    ]
+)
 
 
 def refusal(pipeline, size=32, **pipeline_kwargs):

@@ -80,7 +80,7 @@ def learn_contract(pipeline, *, height: int, width: int, pipeline_kwargs: dict[s
         every_step = GuidedSteps(pipeline, contract, PROMPTS[:1], NEGATIVE_PROMPT)
         every_step.check_calls()
         contract, guided_steps = _learn_guidance(watcher, contract, steps[0].calls[0].arguments)
-        if guided_steps and contract.guidance.plain and not every_step.check_scale(contract, watcher.tolerance):
+        if guided_steps and not every_step.check_scale(contract, watcher.tolerance):
             contract = replace(contract, guidance=replace(contract.guidance, plain=False))
         low = contract.dtype not in (torch.float32, torch.float64)
         replayed = with_recorded_times(contract, steps + guided_steps) if low else contract

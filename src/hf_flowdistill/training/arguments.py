@@ -160,8 +160,8 @@ def check_teacher_arguments(args) -> None:
     for name in args.pipeline_kwargs:
         if name.endswith(GUIDANCE_SCALES):
             raise UserError(
-                f"--pipeline_kwargs has '{name}', which the training sets: leave it out, and give the scale of the teacher "
-                "as --teacher_guidance_scale."
+                f"--pipeline_kwargs has '{name}', which the training sets: leave it out, and give the scale of the "
+                "teacher as --teacher_guidance_scale."
             )
     if args.max_sequence_length is not None:
         args.pipeline_kwargs = {**args.pipeline_kwargs, "max_sequence_length": args.max_sequence_length}
