@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 from teacher_cases import TEACHERS, learned  # noqa: E402
 
 from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries  # noqa: E402
-from hf_flowdistill.data.cache import cached_conditioning, encoder_key  # noqa: E402
+from hf_flowdistill.data.cache import cached_conditioning  # noqa: E402
+from hf_flowdistill.data.keys import encoder_key  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.networks.loading import load_pipeline  # noqa: E402
 from hf_flowdistill.teachers import bytes_per_prompt, encode_batch, learn_contract  # noqa: E402

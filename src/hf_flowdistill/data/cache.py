@@ -8,11 +8,10 @@ only, and several runs can share the folder.
 """
 
 import contextlib
-import dataclasses
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +29,18 @@ from hf_flowdistill.data.shards import (
     write_shard,
 )
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.loading import weights_digest
 from hf_flowdistill.teachers.conditioning import Conditioning
+from hf_flowdistill.teachers.tokens import TextTokens
 
 
 PROMPTS_PER_BATCH = 16
 PROMPTS_PER_SHARD = 64  # what a crash can cost each process; a multiple of the batch
-TOKENIZED = "A photo of 2 CATS (8k), naïve café — 猫 🐈\n  don't"
+SHOWN = 60  # letters of a prompt, in a message
 
 
-def encoder_key(pipeline, contract) -> dict[str, Any]:
-    """Everything that a prompt's conditioning depends on besides its text, as JSON.
-
-    That is the weights of the text encoders, the tokenizers, the source code of the pipeline (its prompt
-    template), its arguments (maximum length), the image size, the kind of guidance, and the dtypes.
-    """
-    guidance = {**dataclasses.asdict(contract.guidance), "embedded": contract.embedded_guidance}
-    components = {
-        name: _component_digest(component)
-        for name, component in sorted(pipeline.components.items())
-        if component is not None and name not in ("transformer", "vae", "scheduler")
-    }
-    key = {
-        "pipeline": type(pipeline).__name__,
-        "pipeline_source": _source_digest(type(pipeline)),
-        "pipeline_kwargs": contract.pipeline_kwargs,
-        "size": [contract.height, contract.width],
-        "dtypes": {str(name): str(dtype) for name, dtype in contract.dtypes.items()},
-        "guidance": guidance,
-        **components,
-    }
-    return json.loads(json.dumps(key, default=str))
+def unwatched(texts: Sequence[str]):
+    """For encoders whose tokenizers are not looked at."""
+    return contextlib.nullcontext([TextTokens() for _ in texts])
 
 
 class CachedConditioning:
@@ -81,6 +61,38 @@ class CachedConditioning:
         places = self.places[index].reshape(-1, 2).tolist()
         return Conditioning.cat(_read_row(self.shards[shard], row) for shard, row in places)
 
+    def notes(self) -> Iterator[tuple[str, str, dict[str, list[int]]]]:
+        """Of each row in turn: digest of its tensors, digest of its tokens ("" if not known), and what was cut, as in
+        `TextTokens`."""
+        about = [read_about(path, "conditioning")["rows"] for path in self.shards]
+        return (tuple(about[shard][row]) for shard, row in self.places.tolist())
+
+    def losses(self, texts: Sequence[str]) -> str:
+        """A sentence on those of `texts`, all distinct and one for each row, that were cut or are alike once they are
+        encoded; "" if there are none."""
+        cut, limits, longest, seen, alike = Counter(), {}, (0, ""), set(), 0
+        several = 0
+        for text, (row, tokens, lengths) in zip(texts, self.notes()):
+            several += bool(lengths)
+            for name, (length, limit) in lengths.items():
+                cut[name] += 1
+                limits[name] = limit
+                longest = max(longest, (length, text))
+            mine = {row, tokens} - {""}
+            alike += bool(mine & seen)
+            seen |= mine
+        parts = []
+        if several:
+            by = ", ".join(f"{count} by {name} to {limits[name]} tokens" for name, count in sorted(cut.items()))
+            shown = longest[1] if len(longest[1]) <= SHOWN else longest[1][:SHOWN] + "..."
+            parts.append(
+                f"{several} of {len(texts)} prompts are longer than the teacher takes and are cut, {by}: the longest "
+                f"has {longest[0]}, {shown!r}"
+            )
+        if alike:
+            parts.append(f"{alike} of {len(texts)} prompts have the same conditioning as another one")
+        return "; ".join(parts)
+
 
 def cached_conditioning(
     folder,
@@ -89,6 +101,7 @@ def cached_conditioning(
     encode: Callable[[list[str]], Conditioning],
     *,
     role: str = "prompt",
+    watched: Callable[[list[str]], contextlib.AbstractContextManager[list[TextTokens]]] = unwatched,
     rank: int = 0,
     world_size: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -103,6 +116,7 @@ def cached_conditioning(
         texts: one that is repeated is encoded once.
         encode: texts -> one row each; it gets at most 16 at a time.
         role: texts of another role are others, e.g. negative prompts, which some pipelines encode in their own way.
+        watched: what tokenizers do with texts that are encoded inside, from `teachers.tokens.watched_tokenizers`.
         wait: returns when all processes have called it.
 
     Raises:
@@ -119,7 +133,7 @@ def cached_conditioning(
         for path in holding[rank::world_size]:
             check_shard(path)
         wait()  # everyone has looked before anyone writes
-        _encode_share(folder, json_digest(key), wanted, found, encode, rank, world_size)
+        _encode_share(folder, json_digest(key), wanted, found, encode, watched, rank, world_size)
         wait()
         found, holding = _find(folder, json_digest(key), wanted)
     if len(found) < len(wanted):
@@ -131,7 +145,7 @@ def cached_conditioning(
     return CachedConditioning(holding, torch.tensor([(number[found[name][0]], found[name][1]) for name in names]))
 
 
-def _encode_share(folder, key, wanted, found, encode, rank, world_size) -> None:
+def _encode_share(folder, key, wanted, found, encode, watched, rank, world_size) -> None:
     """Encode and write this process's part of what is `wanted` and not `found`: every `world_size`-th block of it."""
     names = list(wanted)
     blocks = [names[start : start + PROMPTS_PER_SHARD] for start in range(0, len(names), PROMPTS_PER_SHARD)]
@@ -140,13 +154,16 @@ def _encode_share(folder, key, wanted, found, encode, rank, world_size) -> None:
     total = sum(map(len, share))
     with tqdm(total=total, unit="prompt", desc="encoding", disable=rank > 0 or total == 0) as progress:
         for block in share:
-            rows = []
+            rows, tokens = [], []
             for start in range(0, len(block), PROMPTS_PER_BATCH):
                 batch = block[start : start + PROMPTS_PER_BATCH]
-                encoded = encode([wanted[name] for name in batch])
+                texts = [wanted[name] for name in batch]
+                with watched(texts) as made:
+                    encoded = encode(texts)
+                tokens += made
                 rows += [encoded[row] for row in range(len(batch))]
                 progress.update(len(batch))
-            _write(folder, key, block, rows, unfinished=f"unfinished-{rank}.tmp")
+            _write(folder, key, block, rows, tokens, unfinished=f"unfinished-{rank}.tmp")
 
 
 def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tuple[Path, int]], list[Path]]:
@@ -169,10 +186,19 @@ def _find(folder: Path, key: str, wanted: dict[str, str]) -> tuple[dict[str, tup
     return found, holding
 
 
-def _write(folder: Path, key: str, names: list[str], rows: list[Conditioning], *, unfinished: str) -> None:
+def _write(
+    folder: Path,
+    key: str,
+    names: list[str],
+    rows: list[Conditioning],
+    tokens: list[TextTokens],
+    *,
+    unfinished: str,
+) -> None:
     """One shard, whole or not at all. Rows are tensors of their own, because their lengths may differ."""
     tensors = {f"{i}.{name}": tensor.clone() for i, row in enumerate(rows) for name, tensor in row.tensors.items()}
-    about = {"conditioning": json.dumps({"key": key, "texts": names})}
+    notes = [(_row_digest(row), made.digest, made.cut) for row, made in zip(rows, tokens)]
+    about = {"conditioning": json.dumps({"key": key, "texts": names, "rows": notes})}
     write_shard(folder, tensors, about, unfinished=unfinished)
 
 
@@ -187,28 +213,9 @@ def _text_digest(role: str, text: str) -> str:
     return hashlib.sha256(f"{role}\0{text}".encode()).hexdigest()[:32]
 
 
-def _source_digest(cls: type) -> str:
-    """Of the file that defines `cls`; a class typed into an interpreter has none."""
-    try:
-        return hashlib.sha256(inspect.getsource(inspect.getmodule(cls)).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return ""
-
-
-def _component_digest(component) -> str:
-    """Of a text encoder's weights, or of how a tokenizer (or a processor's) cuts text; else the name of the class.
-
-    Not of a tokenizer's files: they also hold where it came from and how it was called last.
-    """
-    if isinstance(component, torch.nn.Module):
-        return weights_digest(component)
-    tokenizer = getattr(component, "tokenizer", component)
-    if not hasattr(tokenizer, "get_vocab"):
-        return type(component).__name__
-    parts = {
-        "vocabulary": tokenizer.get_vocab(),
-        "example": tokenizer(TOKENIZED)["input_ids"],
-        "chat_template": getattr(component, "chat_template", None),
-        "model_max_length": tokenizer.model_max_length,
-    }
-    return json_digest(parts)[:16]
+def _row_digest(row: Conditioning) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(row.tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

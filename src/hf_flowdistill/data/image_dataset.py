@@ -11,17 +11,21 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hf_flowdistill.data.shards import json_digest
+from hf_flowdistill.data.files import checksum
+from hf_flowdistill.data.shards import DIGITS, json_digest
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow.draws import stream_seed
+from hf_flowdistill.teachers.pictures import to_rgb
 
 
 SECONDS_BETWEEN_TRIES = 1, 2  # of an address that does not answer
+ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # other formats keep views or layers of one picture beside it
 
 
 class UnusableImage(ValueError):
@@ -169,24 +173,58 @@ def usable_caption(caption: Any) -> str:
 def open_image(image: Any) -> Image.Image:
     """A row's image, upright and in RGB: bytes, a path or address, both in a mapping, or a PIL image.
 
+    See `teachers.pictures.to_rgb`. `info["animated"]` says whether it is the first of several pictures.
+
     Raises:
-        UnusableImage: it is missing or broken.
+        UnusableImage: it is missing or broken, or its pixels cannot be understood.
     """
-    if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
-    image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
-    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
-    if data is None:
-        data = _read_file(path)
+    source = image
+    if not isinstance(image, Image.Image):
+        image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
+        source = io.BytesIO(_read_file(path) if data is None else data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which is not used
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.load()
-                return ImageOps.exif_transpose(opened).convert("RGB")
+            with contextlib.nullcontext(source) if source is image else Image.open(source) as opened:
+                animated = opened.format in ANIMATED and getattr(opened, "is_animated", False)
+                picture = to_rgb(opened)
     except Exception as error:  # of the many kinds that PIL's readers have
         reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UnusableImage(reason) from error
+    picture.info["animated"] = animated
+    return picture
+
+
+def file_behind(image: Any) -> str | None:
+    """The file of this machine that a row's image is only the path of; an archive where it is a place in one.
+
+    None where the bytes are in the row, or behind an address, which is not asked again.
+    """
+    image = {"path": image} if isinstance(image, str) else image
+    if not isinstance(image, dict) or image.get("bytes") is not None:
+        return None
+    path = str(image.get("path") or "").rpartition("::")[2].removeprefix("file://")
+    return path if path and "://" not in path else None
+
+
+def file_version(path: str) -> list | None:
+    """Size, time of the last change and digest of a file, as JSON; None if it is not there."""
+    try:
+        about = os.stat(path)
+        return [about.st_size, about.st_mtime_ns, checksum(Path(path))[:DIGITS]]
+    except (OSError, ValueError):  # of a path that cannot be one
+        return None
+
+
+def is_changed(path: str, version: list | None) -> bool:
+    """Whether `path` has other bytes than when `file_version` made this `version` of it, or is gone."""
+    try:
+        about = os.stat(path)
+        same = version is not None and [about.st_size, about.st_mtime_ns] == version[:2]
+    except (OSError, ValueError):
+        return version is not None
+    return not same and (version is None or (file_version(path) or [])[::2] != version[::2])
 
 
 def _read_file(path) -> bytes:

@@ -10,35 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from hf_flowdistill.data.image_dataset import (
     ImageDataset,
     UnusableImage,
+    file_behind,
+    file_version,
     fit_image,
     image_name,
+    is_changed,
     open_image,
     row_seed,
     usable_caption,
 )
-from hf_flowdistill.data.shards import corrupt, json_digest, read_about, write_shard
+from hf_flowdistill.data.keys import image_encoder_key
+from hf_flowdistill.data.shards import check_shard, corrupt, json_digest, read_about, write_shard
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.loading import weights_digest
 from hf_flowdistill.teachers.encode import ImageEncoder
 
 
 IMAGES_PER_BATCH = 8
-
-
-def image_encoder_key(encoder: ImageEncoder) -> dict[str, Any]:
-    """Everything that an image's latents depend on besides the image, as JSON."""
-    layout = [tensor.tolist() for tensor in (encoder.source, encoder.scale, encoder.shift)]
-    return {
-        "vae": type(encoder.vae).__name__,
-        "vae_weights": weights_digest(encoder.vae),
-        "vae_dtype": str(next(encoder.vae.parameters()).dtype),
-        "size": [encoder.height, encoder.width],
-        "layout": json_digest([encoder.mode, encoder.latent_shape, encoder.vae_shape, *layout])[:16],
-    }
+ABOUT = "captions", "skipped", "enlarged", "animated", "last"  # what a shard says, as in `Shard`
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,19 @@ class Shard:
     path: Path
     captions: list[str]
     skipped: list[list]  # number of the row, name, reason
+    enlarged: list[list]  # by how much, number of the row, name: of those smaller than the latents' images
+    animated: list[list]  # number of the row, name: of those of which only the first picture is used
     last: bool
+
+    def check(self) -> None:
+        """Raise `UserError` if the shard is damaged, or of images of which a file is not the same any more."""
+        check_shard(self.path)
+        for row, path, version in read_about(self.path, "images")["files"]:  # not kept: one for each image
+            if is_changed(path, version):
+                raise UserError(
+                    f"the image {path} (row {row}) is not the one that the shard {self.path} holds, it was changed or "
+                    "is gone: put it back, or delete the shard, and its images are encoded again."
+                )
 
 
 class ImageShards:
@@ -97,28 +102,31 @@ class ImageShards:
             if about.get("key") != json_digest(self.key):
                 raise UserError(f"the shard {path} is foreign, it was not written for these images: take it away.")
             try:
-                found[number] = Shard(path, list(about["captions"]), list(about["skipped"]), bool(about["last"]))
+                found[number] = Shard(path, **{name: about[name] for name in ABOUT})
             except (KeyError, TypeError):
                 raise corrupt(path, "it does not say which images it holds") from None
         return found
 
     def encode(self, folder: Path, number: int, *, rank: int) -> int:
         """Encode the shard with this number into `folder`; how many images it has."""
-        captions, skipped, latents, batch, rows = [], [], [], [], 0
+        about = {name: [] for name in (*ABOUT, "files")}  # files: number of the row, path, version
+        latents, batch, rows = [], [], 0
         for row, image, caption in self._dataset.rows(number * self.rows_per_shard, self.rows_per_shard):
             rows += 1
+            if (path := file_behind(image)) is not None:
+                about["files"].append([row, path, file_version(path)])
             try:
                 text = usable_caption(caption)
-                batch.append(self._fit(open_image(image), seed=row_seed(self._seed, row)))
-                captions.append(text)
+                batch.append(self._read(row, image, about))
+                about["captions"].append(text)
             except UnusableImage as error:
-                skipped.append([row, image_name(image), str(error)])
+                about["skipped"].append([row, image_name(image), str(error)])
             if len(batch) == IMAGES_PER_BATCH:
                 latents.append(self._encoder(batch))
                 batch = []
         if batch:
             latents.append(self._encoder(batch))
-        about = {"captions": captions, "skipped": skipped, "last": rows < self.rows_per_shard}
+        about["last"] = rows < self.rows_per_shard
         write_shard(
             folder,
             {"latents": torch.cat(latents)} if latents else {},
@@ -126,4 +134,14 @@ class ImageShards:
             prefix=f"shard-{number:08}",
             unfinished=f"unfinished-{rank}.tmp",
         )
-        return len(captions)
+        return len(about["captions"])
+
+    def _read(self, row: int, image: Any, about: dict[str, list]) -> Image.Image:
+        """The picture of a row as it is encoded; what happens to it is added to `about`."""
+        picture = open_image(image)
+        factor = max(self._encoder.width / picture.width, self._encoder.height / picture.height)
+        if factor > 1:
+            about["enlarged"].append([round(factor, 2), row, image_name(image)])
+        if picture.info["animated"]:
+            about["animated"].append([row, image_name(image)])
+        return self._fit(picture, seed=row_seed(self._seed, row))

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
-from hf_flowdistill.data.shards import LOCK_FILE, check_shard, claim, clear_unfinished, one_run_at_a_time
+from hf_flowdistill.data.shards import LOCK_FILE, claim, clear_unfinished, one_run_at_a_time
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.draws import permutation
 from hf_flowdistill.teachers.encode import ImageEncoder
@@ -182,12 +182,13 @@ class ImagePairs:
             self._wait()
             found = self._shards.find(self.folder)
             for shard in list(found.values())[self._rank :: self._world_size]:
-                check_shard(shard.path)
+                shard.check()
             self._wait()  # everyone has looked before anyone writes
             shards = self._encode_missing(first, found)
             self._wait()  # everyone has seen everything before anything goes
             if self._rank == 0:
                 self._tell_skipped(shards)
+                self._tell_changed(shards)
                 for path in {shard.path for shard in found.values()} - {shard.path for shard in shards}:
                     path.unlink()  # empty, written by a process that did not know yet that the data ends before
                 for path in list(self._root.iterdir()) if self._images_per_part else ():
@@ -252,6 +253,22 @@ class ImagePairs:
             f"{len(skipped)} of {used + len(skipped)} images of the dataset {self._data} are skipped, which "
             f"{file} names; the first is row {row}{f', {name}' if name else ''}: {reason}"
         )
+
+    def _tell_changed(self, shards: list[Shard]) -> None:
+        """Say how many images of these shards were enlarged, and of how many only the first picture is used."""
+        of = f"of {sum(len(shard.captions) for shard in shards)} images of the dataset {self._data}"
+        if enlarged := [entry for shard in shards for entry in shard.enlarged]:
+            factor, row, name = max(enlarged)
+            logger.warning(
+                f"{len(enlarged)} {of} are smaller than what is trained and enlarged, {factor:g} times at most: "
+                f"row {row}{f', {name}' if name else ''}"
+            )
+        if animated := [entry for shard in shards for entry in shard.animated]:
+            row, name = animated[0]
+            logger.warning(
+                f"{len(animated)} {of} have several pictures, of which the first is used; the first such is "
+                f"row {row}{f', {name}' if name else ''}"
+            )
 
     def _nothing_usable(self) -> UserError:
         file = self._root / SKIPPED_FILE

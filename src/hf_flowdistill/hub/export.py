@@ -26,6 +26,7 @@ from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_sett
 from hf_flowdistill.hub.student import render_pipeline, student_scheduler
 from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
 from hf_flowdistill.teachers.finite import is_finite
+from hf_flowdistill.teachers.pictures import to_rgb
 from hf_flowdistill.teachers.precision import cast_dtype, floating_dtype
 from hf_flowdistill.teachers.watch import guiders
 
@@ -169,8 +170,16 @@ def add_results(folder, *, report=None, grid=None) -> None:
         report = report if isinstance(report, dict) else read_report(report)
         Path(folder, REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if grid is not None:
-        grid = Image.open(grid) if isinstance(grid, str | Path) else grid
+        grid = _picture(grid) if isinstance(grid, str | Path) else grid
         grid.save(Path(folder, GRID_FILE))
+
+
+def _picture(path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return to_rgb(opened)
+    except Exception as error:  # of the many kinds that PIL's readers have
+        raise UserError(f"the picture {path} cannot be read ({first_line(error)}): give another.") from error
 
 
 def check_export_dir(output_dir) -> Path:

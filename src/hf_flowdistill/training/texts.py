@@ -7,14 +7,16 @@ import logging
 from pathlib import Path
 
 from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings
-from hf_flowdistill.data.cache import cached_conditioning, encoder_key
+from hf_flowdistill.data.cache import cached_conditioning
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
+from hf_flowdistill.data.keys import component_digests, encoder_key
 from hf_flowdistill.data.prompts import PromptStream
 from hf_flowdistill.methods.method import Size
 from hf_flowdistill.networks.placement import move_all_but_transformer, place_text_encoders
 from hf_flowdistill.teachers import encode_batch, encode_unconditional, first_alike
 from hf_flowdistill.teachers.encode import learn_image_encoder
+from hf_flowdistill.teachers.tokens import fed_to_encoders, watched_tokenizers
 from hf_flowdistill.training.teacher import Teacher
 
 
@@ -36,6 +38,8 @@ class Texts:
         self.prompts: PromptStream | None = None
         self.sizes: list[Size] = []
         self._args, self._accelerator, self._teacher = args, accelerator, teacher
+        self._keys: dict[tuple[int, int], dict] = {}  # of the sizes' caches
+        self._components: dict[str, str] = {}
 
     @property
     def state(self) -> dict:
@@ -82,7 +86,7 @@ class Texts:
         cached = functools.partial(
             cached_conditioning,
             Path(args.conditioning_cache_dir or home / "conditioning", part),
-            encoder_key(pipeline, contract),
+            self._key(contract),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
@@ -92,7 +96,8 @@ class Texts:
             with self._teacher.on_device():
                 return encode(pipeline, contract, texts)
 
-        conditional = cached(self.prompts.distinct, encode)
+        texts = self.prompts.distinct
+        conditional = cached(texts, encode, watched=functools.partial(watched_tokenizers, pipeline))
         # apart, so that changing them on resume cannot touch the last digit of the others
         validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
         unconditional = cached(
@@ -101,7 +106,19 @@ class Texts:
             role="negative prompt",
         )
         logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
+        if losses := conditional.losses(texts):
+            logger.warning(losses)
         return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
+
+    def _key(self, contract) -> dict:
+        """What a cache for the contract's size is known by; all encoders are read for the first only."""
+        size, pipeline = (contract.height, contract.width), self._teacher.pipeline
+        if size not in self._keys:
+            self._components = self._components or component_digests(pipeline)
+            with self._teacher.on_device():
+                fed = fed_to_encoders(pipeline, contract)
+            self._keys[size] = encoder_key(pipeline, contract, components=self._components, fed=fed)
+        return self._keys[size]
 
 
 def open_pairs(args, accelerator, teacher: Teacher, state: dict | None) -> ImagePairs:
