@@ -43,7 +43,7 @@ def test_each_tokenizer_has_its_own_length(tmp_path):
     words = rows("sd3", ["a cat", "a red ball, a blue ball"], tmp_path).losses(["a cat", "a red ball, a blue ball"])
     assert words == (
         "1 of 2 prompts are longer than the teacher takes and are cut, 1 by tokenizer to 16 tokens, 1 by tokenizer_2 "
-        "to 16 tokens, 1 by tokenizer_3 to 16 tokens: the longest has 24, 'a red ball, a blue ball'"
+        "to 16 tokens, 1 by tokenizer_3 to 16 tokens: the longest has 25, 'a red ball, a blue ball'"
     )
 
 
