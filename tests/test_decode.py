@@ -65,9 +65,9 @@ def test_what_is_not_finite_is_not_painted_black():
         decode(pipeline, contract, latents * float("nan"))
     torch.nn.init.constant_(pipeline.vae.decoder.conv_in.weight, 3e4)
     decode(pipeline, contract, latents)
-    pipeline.vae.half()
+    pipeline.to(torch.float16)
     with pytest.raises(UserError, match="not finite in its vae, in float16: use bfloat16 or float32.$"):
-        decode(pipeline, contract, latents.half())
+        decode(pipeline, contract, latents)
     assert "decode" not in vars(pipeline.vae)
 
 

@@ -63,6 +63,7 @@ class ToyPipeline(DiffusionPipeline):
         latents=None,
         output_type="np",
         return_dict=True,
+        guidance_stop=1.0,
     ):
         words = self.encode(prompt)
         negative = self.encode(negative_prompt or [""] * len(prompt)) if guidance_scale > 1 else None
@@ -70,8 +71,9 @@ class ToyPipeline(DiffusionPipeline):
             latents = randn_tensor((len(prompt), height, width, 3), generator=generator)
             latents = latents * 0.5 if self.variant == "weak noise" else latents
         self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.scheduler.timesteps:
-            velocity = self.velocity(latents, t / 1000, words, negative, guidance_scale)
+        for i, t in enumerate(self.scheduler.timesteps):
+            scale = guidance_scale if i < guidance_stop * num_inference_steps else 1.0
+            velocity = self.velocity(latents, t / 1000, words, negative, scale)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return (latents if output_type == "latent" else latents.numpy(),)
 
