@@ -196,8 +196,10 @@ def test_what_changes_nothing(kind, name, one, two, line_of):
     others = metrics(one[kind])[-len(lines) :]
     assert len(lines) == (3 if "FROM SHARDS" in EQUAL[name][1] else 6)
     for line, other in zip(lines, others, strict=True):
-        for key in line.keys() - {"images_per_second"}:
-            assert math.isclose(line[key], other[key], rel_tol=1e-3, abs_tol=1e-6), key
+        for key in line.keys() - {"images_per_second", "processes"}:
+            # where the generator goes first, its first gradient is rounding: fake score and teacher are still one
+            rest = 1e-5 if key == "generator_grad_norm" else 1e-6
+            assert math.isclose(line[key], other[key], rel_tol=1e-3, abs_tol=rest), key
     same_checkpoint(kind, run, one[kind])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from PIL import Image
 
 from hf_flowdistill.data.image_dataset import open_dataset
@@ -97,13 +98,13 @@ def test_a_stock_sampler_does_not_repeat_the_noise_that_images_start_from(seed, 
     pipeline = tiny_pipelines.stable_diffusion_3(with_t5=False)
     pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config({"stochastic_sampling": True}))
     pipeline.save_pretrained(tmp_path / "stochastic")
-    drawn, randn_like = [], torch.randn_like
+    drawn, randn_tensor = [], scheduling_flow_match_euler_discrete.randn_tensor
 
     def recorded(*args, **kwargs):
-        drawn.append(randn_like(*args, **kwargs))
+        drawn.append(randn_tensor(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(torch, "randn_like", recorded)
+    monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", recorded)
     words = f"--pretrained_model_name_or_path {tmp_path / 'stochastic'} --seed={seed} --batch_size 2 --resolution 16"
     words += f" --num_inference_steps 2 --output_dir {tmp_path / 'out'} --device cpu --prompts a b c"
     call = ["--pipeline_kwargs", '{"max_sequence_length": 0}']

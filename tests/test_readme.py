@@ -42,7 +42,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "examples").symlink_to(ROOT / "examples")
     program, *words = command("recipe.yaml")
-    done = run([*PROGRAMS[program], *words, "--max_train_images", "96", "--report_to", "none"], folder)
+    short = ["--max_train_images", "96", "--sigmas_start_images", "48", "--report_to", "none"]
+    done = run([*PROGRAMS[program], *words, *short], folder)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -221,7 +221,7 @@ def test_shards_on_a_full_disk(one_shard, tmp_path, caplog):
 
 def test_other_settings_are_named():
     check_same_run({"alpha": 1.0, "seed": 0}, {"alpha": 1.0, "seed": 0})
-    with pytest.raises(UserError, match=r"alpha \(was 1.0, now 1.2\), new \(was not recorded, now 1\): use those"):
+    with pytest.raises(UserError, match=r"alpha \(was 1.0, now 1.2\), new \(was None, now 1\): use those"):
         check_same_run({"alpha": 1.0, "seed": 0}, {"alpha": 1.2, "seed": 0, "new": 1})
 
 

@@ -7,8 +7,7 @@ a run on another number of processes and a run with other accumulation draw the 
 
 The numbers are numpy's Philox, a counter-based generator whose key is 128 bits of a digest, so that no two keys meet.
 (torch's generator on the CPU takes 32 bits of a seed: of ten million streams, ten thousand pairs would be equal.) The
-bits of a key are the same on every machine, as far as numpy promises; normal numbers can differ in the last digit
-where the processor's logarithm does.
+numbers of a key are the same on every machine, as far as numpy promises.
 """
 
 import bisect

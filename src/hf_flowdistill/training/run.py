@@ -179,7 +179,8 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     if checkpoint is None:
         state["teacher"] = [measure(run, size) for size in texts.sizes]
     else:
-        state |= checkpointing.load_checkpoint(checkpoint, **run.saved)
+        # of settings, those of now: the teacher may have moved
+        state |= checkpointing.load_checkpoint(checkpoint, **run.saved) | {"settings": identity.settings}
         state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
         logger.info(f"going on from {checkpoint}")
