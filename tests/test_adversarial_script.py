@@ -137,7 +137,7 @@ def test_going_on_with_another_sampler_is_told(tmp_path, monkeypatch):
         (["--adversarial"], "goes on with a student that was distilled without images"),
         (["--adversarial_weight=0.3"], "--adversarial_weight is of the adversarial stage: give --adversarial too"),
         (["--discriminator_features=proj_out"], "--discriminator_features is of the adversarial stage"),
-        (["--adversarial", "STUDENT", "--adversarial_weight=2"], "--adversarial_weight is 2.0: it must be from 0 to 1"),
+        (["--adversarial", "STUDENT", "--adversarial_weight=2"], "--adversarial_weight is 2.0: it must be from 0"),
         (["--adversarial", "STUDENT", "--adversarial_start_images=5"], "it must be at least --discriminator_warmup"),
         (["--adversarial", "STUDENT", "--discriminator_warmup_images=-1"], "must be at least 0"),
         (["--adversarial", "STUDENT", "--aspect_ratio_buckets=32,32;32,64"], "has images of one size"),
