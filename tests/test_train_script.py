@@ -213,9 +213,7 @@ def test_a_spoiled_or_foreign_cache_ends_the_run_before_training(tmp_path, monke
     cache = {"conditioning_cache_dir": tmp_path / "cache"}
     run_here(*script_arguments(tmp_path / "first", **cache))
     monkeypatch.setattr(Networks, "from_teacher", pytest.fail)
-    with pytest.raises(
-        UserError, match="cache is from another encoder, which differs in pipeline_kwargs, fed: give"
-    ):
+    with pytest.raises(UserError, match="cache is from another encoder, which differs in pipeline_kwargs, fed: give"):
         run_here(*script_arguments(tmp_path / "longer", **cache, max_sequence_length=8))
     with pytest.raises(UserError, match="cache is from another encoder, which differs in pipeline, "):
         run_here(*script_arguments(tmp_path / "other", **cache, teacher="flux"))
