@@ -109,16 +109,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help).")
 
-    def parse_args(self, args=None, namespace=None):
-        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names."""
+    def parse_args(self, args=None, namespace=None, before=()):
+        """Parse `args` (default: those of the process) after the words `before`, which they win over, and the arguments
+        of the file that `--config` names."""
         args = sys.argv[1:] if args is None else list(args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
         finder.add_argument("--config")
         path = finder.parse_known_args(args)[0].config
         # the file's name again, since what stands behind a list would be taken for one more of its entries
-        given = [] if path is None else [*self._words_of(path), f"--config={path}"]
-        parsed = super().parse_args(given + args, namespace)
+        given = [] if path is None else [*self.words_of(path), f"--config={path}"]
+        parsed = super().parse_args([*before, *given, *args], namespace)
         for action in self._actions:
             if isinstance(action.type, Bounded):
                 value = getattr(parsed, action.dest)
@@ -127,8 +128,9 @@ class ArgumentParser(argparse.ArgumentParser):
                         raise UserError(f"--{action.dest} is {number}: it must be {action.type.allowed}.")
         return parsed
 
-    def _words_of(self, path: str) -> list[str]:
-        """A config file as the words of a command line, so that types and choices are checked alike.
+    def words_of(self, path, leave_out=()) -> list[str]:
+        """A config file as the words of a command line, so that types and choices are checked alike; without the
+        arguments that are to be left out.
 
         Values are taken as the text that stands in the file.
         """
@@ -157,7 +159,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = []
         for name, (_, node) in zip(names, root.value):
             try:
-                words += _words(actions[name], node, loader)
+                words += [] if name in leave_out else _words(actions[name], node, loader)
             except ValueError as error:
                 raise UserError(f"the config file {path} gives {name} {error}.") from None
         return words
@@ -220,10 +222,9 @@ def add_origin_arguments(add) -> None:
     add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
 
 
-def add_call_arguments(add, resolution: int | None = None) -> None:
-    """The size of a pipeline's images, by default `resolution` or, if that is None, its own, and --pipeline_kwargs."""
-    own = "" if resolution else "; by default the pipeline's"
-    add("--resolution", type=COUNT, default=resolution, metavar="PIXELS", help=f"height and width of the images{own}")
+def add_call_arguments(add) -> None:
+    """The size of a pipeline's images, by default its own, and --pipeline_kwargs."""
+    add("--resolution", type=COUNT, metavar="PIXELS", help="height and width of the images; by default the pipeline's")
     add("--height", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
     add("--width", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
     add(

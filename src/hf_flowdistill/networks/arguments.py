@@ -9,6 +9,8 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.adapters import QUANTIZATIONS
 from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
 
+LORA_LEARNING_RATE = 1e-4  # of adapters; the paper's are of whole networks
+
 
 def add_network_arguments(parser) -> None:
     """Arguments of which networks there are, and of what is trained of them."""
@@ -30,8 +32,7 @@ def add_network_arguments(parser) -> None:
     add(
         "--weight_dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of networks and gradients, LoRAs aside; bfloat16 goes without autocast",
+        help="of networks and gradients, LoRAs aside; bfloat16 goes without autocast; float32 by default",
     )
 
 
@@ -48,6 +49,8 @@ def check_network_arguments(args) -> None:
         raise UserError("--base_quantization is of a teacher that nothing else is trained on: choose --networks lora.")
     check_installed("peft", f"--networks {args.networks}", args.networks != "full")
     check_installed("bitsandbytes", f"--base_quantization {args.base_quantization}", args.base_quantization != "none")
+    if args.weight_dtype is None:  # who says how bfloat16 is to be rounded asks for it
+        args.weight_dtype = "bfloat16" if getattr(args, "bf16_rounding", None) and args.networks != "lora" else "float32"
     if args.networks != "full" and args.rank is None:
         args.rank = RoleSettings.rank
 

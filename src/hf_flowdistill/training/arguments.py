@@ -24,6 +24,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.hub.push import check_push
 from hf_flowdistill.networks.roles import ROLES
 from hf_flowdistill.teachers.watch import GUIDANCE_SCALES
+from hf_flowdistill.training.fsdp_config import take_fsdp_config
 from hf_flowdistill.training.optimizers import LR_SCHEDULES, ROUNDINGS
 from hf_flowdistill.training.sharding import SHARDINGS
 
@@ -33,7 +34,10 @@ FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset
 conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
 gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
-hub_private_repo resolution dry_run images_per_second image_cache_dir streaming""".split()
+hub_private_repo resolution dry_run images_per_second image_cache_dir streaming fit device_memory images_per_update""".split()
+FITS = ("auto", "lora", "none")
+IMAGES_PER_UPDATE = 256  # the paper's
+RESOLUTION = 1024  # of a teacher whose configuration tells none
 
 
 def add_teacher_arguments(parser) -> None:
@@ -41,7 +45,7 @@ def add_teacher_arguments(parser) -> None:
     add("--pretrained_model_name_or_path", metavar="PATH", help="the teacher: a diffusers folder or Hub id")
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add_origin_arguments(add)
-    add_call_arguments(add, resolution=1024)
+    add_call_arguments(add)
     add(
         "--aspect_ratio_buckets",
         type=image_sizes,
@@ -56,8 +60,19 @@ def add_optimization_arguments(parser) -> None:
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
     ).add_argument
     add("--max_train_images", type=COUNT, default=1_000_000, metavar="IMAGES", help="length of the training")
-    add("--train_batch_size", type=COUNT, default=2, metavar="IMAGES", help="per process and micro-batch")
-    add("--gradient_accumulation_steps", type=COUNT, default=16, metavar="N", help="micro-batches per update")
+    add("--images_per_update", type=COUNT, metavar="IMAGES", help="of all processes together; 256 by default")
+    add(
+        "--train_batch_size",
+        type=COUNT,
+        metavar="IMAGES",
+        help="per process and micro-batch; by default what fits (--fit), 2 where nothing is known",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=COUNT,
+        metavar="N",
+        help="micro-batches per update; by default as many as make --images_per_update",
+    )
     add("--learning_rate", type=POSITIVE, default=1e-6, metavar="X", help="of the generator")
     add("--fake_score_learning_rate", type=POSITIVE, metavar="X", help="of the fake score; as the generator's")
     add("--lr_scheduler", choices=LR_SCHEDULES, default="constant", help="of both; cosine and linear end at 0")
@@ -86,18 +101,36 @@ def add_optimization_arguments(parser) -> None:
         "--gradient_checkpointing",
         nargs="*",
         choices=ROLES,
-        default=False,
         metavar="NETWORK",
-        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three",
+        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three; by default "
+        "where it is needed (--fit)",
     )
     add(
         "--sharding",
         choices=SHARDINGS,
-        default="none",
         help="none: every process holds the networks whole; full: in shards over all processes (FSDP2); hybrid: over "
-        "those of one machine",
+        "those of one machine; by default what is needed (--fit)",
     )
-    add("--cpu_offload", action="store_true", help="sharded: generator, fake score and Adam wait in main memory")
+    add(
+        "--cpu_offload",
+        action="store_true",
+        default=None,
+        help="sharded: generator, fake score and Adam wait in main memory; by default where it is needed (--fit)",
+    )
+    add(
+        "--fit",
+        choices=FITS,
+        default="auto",
+        help="auto: choose sharding, offloading, checkpointing and micro-batch, where they are not given, and the "
+        "recipe's precision, for the memory that is free; lora: LoRAs too, where whole networks do not fit; none: "
+        "shard, offload and checkpoint nothing that is not asked for",
+    )
+    add(
+        "--device_memory",
+        type=POSITIVE,
+        metavar="GB",
+        help="of each accelerator, for --fit; by default what is free on the one that has least",
+    )
 
 
 def add_output_arguments(parser, name: str) -> None:
@@ -153,6 +186,7 @@ def check_teacher_arguments(args) -> None:
     """
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
+    args.resolution = args.resolution or RESOLUTION
     height, width = (args.aspect_ratio_buckets or [(args.resolution, args.resolution)])[0]
     args.height, args.width = args.height or height, args.width or width
     if (args.height, args.width) != (args.aspect_ratio_buckets or [(args.height, args.width)])[0]:
@@ -183,6 +217,7 @@ def check_optimization_arguments(args) -> None:
     Raises:
         UserError: for arguments that are sane by themselves but not together, or need what is not installed.
     """
+    take_fsdp_config(args)
     if args.gradient_checkpointing == []:
         args.gradient_checkpointing = list(ROLES)
     if args.fake_score_learning_rate is None:
@@ -196,14 +231,37 @@ def check_optimization_arguments(args) -> None:
     if rounds and args.bf16_rounding is None:
         args.bf16_rounding = ROUNDINGS[0]
     check_installed("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam)
-    if args.cpu_offload and args.sharding == "none":
+    if args.cpu_offload and (args.sharding or ("none" if args.fit == "none" else "full")) == "none":
         raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
     if args.cpu_offload and args.networks == "lora":
         raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
-    if args.sharding != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
+    if (args.sharding or "none") != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
         raise UserError(
             "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
         )
+
+
+def settle(args, processes: int) -> None:
+    """Give what is left open its default, in place, once the number of processes is known: nothing is sharded,
+    offloaded or checkpointed, and the micro-batches make the images per update, or the nearest number to them that
+    `processes` can make.
+
+    Raises:
+        UserError: all three numbers are given, and do not go together.
+    """
+    args.sharding, args.cpu_offload = args.sharding or "none", bool(args.cpu_offload)
+    args.gradient_checkpointing = args.gradient_checkpointing or False
+    wanted, batch_size, accumulation = args.images_per_update, args.train_batch_size, args.gradient_accumulation_steps
+    if wanted and batch_size and accumulation and wanted != batch_size * accumulation * processes:
+        raise UserError(
+            f"--images_per_update is {wanted}, but {processes} processes x {accumulation} micro-batches x {batch_size} "
+            "images are another number: leave out one of the three."
+        )
+    share = max(1, round((wanted or IMAGES_PER_UPDATE) / processes))  # of one process
+    if batch_size is None:
+        batch_size = max(1, round(share / accumulation)) if accumulation else 2 - share % 2
+    args.train_batch_size = batch_size
+    args.gradient_accumulation_steps = accumulation or max(1, round(share / batch_size))
 
 
 def check_output_arguments(args) -> None:

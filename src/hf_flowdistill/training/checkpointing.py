@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 CHECKSUM_FILE = "SHA256SUMS"  # as of sha256sum, which can check it too
 RUN_FILE = "run.json"
-WHERE = {"pretrained_model_name_or_path", "revision", "variant"}  # of the teacher, who is known by weights and config
+# Recorded and not compared: the teacher is known by weights and config, a recipe by its arguments.
+WHERE = {"pretrained_model_name_or_path", "revision", "variant", "recipe"}
 CONFIG = "teacher_config"
 LENGTH_COUNTS = "; a training with --lr_scheduler linear or cosine, or --step_shares, cannot be made longer or shorter"
 

@@ -3,12 +3,13 @@
 """The first minute of a training: the processes, the log, and which run this is, all before any long work."""
 
 import logging
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from hf_flowdistill.cli import silence_libraries
@@ -18,6 +19,7 @@ from hf_flowdistill.methods.phases import not_reached
 from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
+from hf_flowdistill.training.fsdp_config import USED as FSDP, not_honoured
 from hf_flowdistill.training.initial_weights import check_no_student, check_student
 from hf_flowdistill.training.sharding import process_group_backend
 
@@ -25,33 +27,44 @@ from hf_flowdistill.training.sharding import process_group_backend
 logger = logging.getLogger(__name__)
 
 
-def launch(args) -> Accelerator:
+def start_processes() -> PartialState:
     """The processes of this training, as they were launched; the log is the main process's.
+
+    Raises:
+        UserError: they do not see each other.
+    """
+    # the others wait while the main process writes a checkpoint, which can take longer than the default allows
+    group = InitProcessGroupKwargs(process_group_backend(), timeout=timedelta(hours=2))
+    state = PartialState(cpu=not torch.accelerator.is_available(), **group.to_kwargs())
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if state.is_main_process else logging.ERROR
+    logging.getLogger("hf_flowdistill").setLevel(level)
+    silence_libraries()
+    check_world_size(state.num_processes)
+    return state
+
+
+def launch(args) -> Accelerator:
+    """What places the networks and logs, on the processes that `start_processes` has started.
 
     Raises:
         UserError: this launch would not compute rightly.
     """
+    for line in not_honoured():
+        logger.warning(line)
+    os.environ.pop(FSDP, None)  # the script shards by itself, as the arguments now say
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        # the others wait while the main process writes a checkpoint, which can take longer than the default allows
-        kwargs_handlers=[
-            InitProcessGroupKwargs(process_group_backend(args.cpu_offload), timeout=timedelta(hours=2)),
-            # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
-            AutocastKwargs(cache_enabled=args.sharding == "none"),
-        ],
+        # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
+        kwargs_handlers=[AutocastKwargs(cache_enabled=args.sharding == "none")],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.getLogger("hf_flowdistill").setLevel(level)
-    silence_libraries()
     if args.weight_dtype != "float32" and accelerator.mixed_precision != "no":
         raise UserError(
             f"--weight_dtype {args.weight_dtype} goes without autocast: launch without --mixed_precision, or with no."
         )
-    check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
     return accelerator
 

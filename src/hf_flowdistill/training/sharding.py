@@ -24,9 +24,9 @@ from hf_flowdistill.training.distributed import local
 SHARDINGS = ("none", "full", "hybrid")
 
 
-def process_group_backend(cpu_offload: bool) -> str:
+def process_group_backend() -> str:
     """Of the processes' group: what waits in main memory is reduced there too."""
-    return "cuda:nccl,cpu:gloo" if cpu_offload and torch.cuda.is_available() else "nccl"  # the latter is the default
+    return "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "nccl"  # the latter is the default
 
 
 def count_shards(kind: str, processes: int) -> int:
