@@ -2,12 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of which networks a training has."""
 
-import dataclasses
-
 from hf_flowdistill.cli import COUNT, POSITIVE, check_installed
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.adapters import QUANTIZATIONS
-from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
+from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 
 
 def add_network_arguments(parser) -> None:
@@ -49,9 +46,4 @@ def check_network_arguments(args) -> None:
     check_installed("peft", f"--networks {args.networks}", args.networks != "full")
     check_installed("bitsandbytes", f"--base_quantization {args.base_quantization}", args.base_quantization != "none")
     if args.networks != "full" and args.rank is None:
-        args.rank = RoleSettings.rank
-
-
-def role_settings(args) -> RoleSettings:
-    """The arguments of `add_network_arguments` that `Networks.from_teacher` takes."""
-    return RoleSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(RoleSettings)})
+        args.rank = RANK
