@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
+from hf_flowdistill.data.prompts import read_dataset, read_prompts
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.errors import UserError
 
 

@@ -25,7 +25,7 @@ from training_helpers import (
 from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.methods import sid
 from hf_flowdistill.training import run as run_module
-from hf_flowdistill.training.checkpointing import latest_checkpoint
+from hf_flowdistill.training.folders import latest_checkpoint
 
 
 CONFIG = SCRIPT.parent / "accelerate_configs" / "cpu.yaml"

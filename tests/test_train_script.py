@@ -40,8 +40,8 @@ from hf_flowdistill.methods import sid
 from hf_flowdistill.methods.method import Size
 from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts
-from hf_flowdistill.training import arguments, texts
 from hf_flowdistill.training import run as run_module
+from hf_flowdistill.training import texts
 
 
 @pytest.mark.parametrize("teacher", ["stable_diffusion_3", "sana", "flux"])
@@ -209,7 +209,7 @@ def test_prompts_of_other_kinds_train_the_same(tmp_path):
 
 def test_a_spoiled_or_foreign_cache_ends_the_run_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sid_dit, "train", lambda run, stopped: None)
-    monkeypatch.setattr(train_sid_dit, "finish", lambda run: None)
+    monkeypatch.setattr("hf_flowdistill.training.run.finish", lambda run: None)
     cache = {"conditioning_cache_dir": tmp_path / "cache"}
     run_here(*script_arguments(tmp_path / "first", **cache))
     monkeypatch.setattr(Networks, "from_teacher", pytest.fail)
@@ -419,7 +419,7 @@ def test_a_teacher_that_changed_in_place_is_another_run(tmp_path):
 
 def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(arguments, "check_push", lambda repo_id, token=None: f"me/{repo_id}")
+    monkeypatch.setattr("hf_flowdistill.hub.push.check_push", lambda repo_id, token=None: f"me/{repo_id}")
     monkeypatch.setattr(run_module, "push_student", lambda *args, **kwargs: calls.append((args, kwargs)))
     token = "hf_" + "abcdefgh" * 4
     words = script_arguments(tmp_path / "run", max_train_images=4, hub_token=token, hub_model_id="small")

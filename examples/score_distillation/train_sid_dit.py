@@ -7,6 +7,7 @@ the generator, which becomes the student, and the fake score, which follows what
 """
 
 import logging
+import os
 
 from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.data.arguments import (
@@ -18,12 +19,9 @@ from hf_flowdistill.data.arguments import (
     read_training_prompts,
 )
 from hf_flowdistill.errors import exit_on_user_error
-from hf_flowdistill.methods.sid import SiD
-from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
 from hf_flowdistill.methods.sid_adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
 from hf_flowdistill.methods.sid_arguments import add_sid_arguments, check_sid_arguments
-from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments, role_settings
-from hf_flowdistill.planning.dry_run import print_plan
+from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments
 from hf_flowdistill.training.arguments import (
     add_optimization_arguments,
     add_output_arguments,
@@ -33,12 +31,6 @@ from hf_flowdistill.training.arguments import (
     check_output_arguments,
     check_teacher_arguments,
 )
-from hf_flowdistill.training.distributed import all_ranks_agree, stop_signals
-from hf_flowdistill.training.launch import identify, launch
-from hf_flowdistill.training.monitors import average_metrics
-from hf_flowdistill.training.optimizers import apply_update
-from hf_flowdistill.training.record import Record, draw_sheets
-from hf_flowdistill.training.run import finish, prepare
 
 
 logger = logging.getLogger("hf_flowdistill.train_sid_dit")
@@ -73,6 +65,11 @@ def parse_args(input_args=None):
 
 def train(run, stopped) -> bool:
     """Fake score, generator, average, until max_train_images; False if told to stop before, by a name in `stopped`."""
+    from hf_flowdistill.training.distributed import all_ranks_agree
+    from hf_flowdistill.training.monitors import average_metrics
+    from hf_flowdistill.training.optimizers import apply_update
+    from hf_flowdistill.training.record import Record, draw_sheets
+
     args, state, networks, accumulation = run.args, run.state, run.networks, run.args.gradient_accumulation_steps
     record = Record(run)
     while state["images_seen"] < args.max_train_images:
@@ -124,10 +121,20 @@ def train(run, stopped) -> bool:
 
 def main(input_args=None):
     args = parse_args(input_args)
+    check_images_per_part(args, args.dry_run or int(os.environ.get("WORLD_SIZE", 1)))
+    prompts = read_training_prompts(args, of_images=bool(args.adversarial))
+
+    # what computes is imported here, since it takes seconds that help and refusals need not wait
+    from hf_flowdistill.methods.sid import SiD
+    from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
+    from hf_flowdistill.networks.roles import role_settings
+    from hf_flowdistill.planning.dry_run import print_plan
+    from hf_flowdistill.training.distributed import stop_signals
+    from hf_flowdistill.training.launch import identify, launch
+    from hf_flowdistill.training.run import finish, prepare
+
     method = (SiDAdversarial if args.adversarial else SiD)(args)
     accelerator = launch(args)
-    check_images_per_part(args, args.dry_run or accelerator.num_processes)
-    prompts = read_training_prompts(args, of_images=method.takes_images)
     identity = identify(args, method, accelerator, prompts)
     if args.dry_run is not None:
         if accelerator.is_main_process:

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import ClassVar
 
 import yaml
 
-from hf_flowdistill.errors import UserError, exit_on_user_error
+from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 
 
 COMMANDS = {  # a module of commands/, imported when it is called, since torch and diffusers take seconds
@@ -201,16 +200,10 @@ def json_object(text: str) -> dict:
 
 def image_sizes(text: str) -> list[tuple[int, int]]:
     """The type of an argument that lists sizes as diffusers' scripts do: (height, width) of "512,512;384,680"."""
-    from diffusers.training_utils import parse_buckets_string  # here, since it takes seconds too
-
-    try:
-        with warnings.catch_warnings():  # of what is not divisible by 8; the pipeline itself says what it can make
-            warnings.simplefilter("ignore")
-            sizes = parse_buckets_string(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}"
-        ) from None
+    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", pair) for pair in text.split(";")]
+    sizes = [tuple(map(int, pair.groups())) for pair in pairs if pair]
+    if len(sizes) < len(pairs) or not all(map(all, sizes)):
+        raise argparse.ArgumentTypeError(f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}")
     if len(set(sizes)) < len(sizes):
         raise argparse.ArgumentTypeError(f"must be different sizes, not {text!r}")
     return sizes
@@ -232,6 +225,28 @@ def add_call_arguments(add) -> None:
     )
 
 
+def add_device_argument(add) -> None:
+    """--device, for `check_device`."""
+    add("--device", metavar="NAME", help="where to run; by default cuda where there is one, else cpu")
+
+
+def check_device(name: str | None) -> str:
+    """The device of --device that can be used, where torch is imported anyway.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return name
+
+
 def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:
     """Give the arguments in `defaults` their defaults where they are None, in place; where they are not `wanted`,
     refuse any that is given.
@@ -251,6 +266,13 @@ def check_installed(library: str, argument: str, used: bool) -> None:
     """Raise `UserError` if `argument` is `used` but the library that it needs is not installed."""
     if used and importlib.util.find_spec(library) is None:
         raise UserError(f"{argument} needs {library}, which is not installed: pip install {library}.")
+
+
+def check_model(path) -> None:
+    """Raise `UserError` if there is no folder at `path`, and it cannot be meant as an id on the Hub either."""
+    looks_like_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    if not os.path.exists(path) and not looks_like_hub_id:
+        raise UserError(f"{path} does not exist: give a diffusers pipeline folder or a Hub id.")
 
 
 def check_output_dir(output_dir, argument: str = "--output_dir") -> None:

@@ -8,16 +8,19 @@ import os
 import shlex
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.cli import ArgumentParser, check_model, json_object, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.planning.choices import BASES, SHARE, format_choices, list_choices
-from hf_flowdistill.training.initial_weights import check_no_student
+from hf_flowdistill.networks.names import NETWORKS, RANK
 
 
 def main(input_args):
     args = parse_args(input_args)
+
+    from tqdm import tqdm  # what computes is imported here, since it takes seconds
+
+    from hf_flowdistill.planning.choices import SHARE, format_choices, list_choices
+    from hf_flowdistill.training.initial_weights import check_no_student
+
     silence_libraries()
     check_no_student(args.model, revision=args.revision, cache_dir=args.cache_dir)
     try:
@@ -73,12 +76,12 @@ def parse_args(input_args):
     add(
         "--networks",
         nargs="+",
-        choices=tuple(BASES),
-        default=list(BASES),
+        choices=NETWORKS,
+        default=list(NETWORKS),
         metavar="NAME",
         help="as of train_sid_dit.py",
     )
-    add("--rank", type=int, default=64, metavar="N", help="of the LoRAs, on all linear layers of the blocks")
+    add("--rank", type=int, default=RANK, metavar="N", help="of the LoRAs, on all linear layers of the blocks")
     add("--share_rollout", action="store_true", help="as of train_sid_dit.py")
     add(
         "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
@@ -90,6 +93,7 @@ def parse_args(input_args):
         for value in values:
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{name} is {value:g}: it must be above 0.")
+    check_model(args.model)
     if args.output_file:
         check_output_file(Path(args.output_file).absolute())
     return args

@@ -5,9 +5,8 @@
 from pathlib import Path
 
 from hf_flowdistill.cli import COUNT, check_output_dir, fill_in
-from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.files import check_cache_dir
 from hf_flowdistill.data.prompts import CAPTION_COLUMN, read_dataset, read_prompts
-from hf_flowdistill.data.shards import check_cache_dir
 from hf_flowdistill.errors import UserError
 
 
@@ -53,6 +52,8 @@ def read_training_prompts(args, *, of_images: bool) -> list[str]:
 
 def _read_captions(args) -> list[str]:
     """The captions of the pairs, for a dry run: streamed if that is possible, otherwise as the run will read them."""
+    from hf_flowdistill.data.image_dataset import open_dataset  # with torch, which takes seconds
+
     settings = dataset_settings(args)
     try:
         return open_dataset(args.dataset_name, **{**settings, "streaming": True}).captions()

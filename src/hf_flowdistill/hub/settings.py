@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from hf_flowdistill.errors import UserError
+
 
 SETTINGS_FILE = "training_args.json"
 
@@ -30,3 +32,13 @@ def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
 
 def write_settings(folder, settings: dict) -> None:
     Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def check_export_dir(output_dir) -> Path:
+    """`output_dir` as a path, if `export_student` may write there: it is new, empty, or holds an earlier export."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose a folder for the student.")
+    if folder.is_dir() and any(folder.iterdir()) and read_settings(folder) is None:
+        raise UserError(f"{folder} is not empty and holds no earlier export of a student: choose another folder.")
+    return folder

@@ -39,7 +39,7 @@ class Samples:
 
     Attributes:
         size: of the images.
-        prompts: `data.prompts.PromptStream`.
+        prompts: `data.stream.PromptStream`.
         pairs: `data.images.ImagePairs`, or None where the method takes no images.
         indices: their places in the global batch of the update.
         images_seen: before the update; `images_seen + index` is the place in the training.

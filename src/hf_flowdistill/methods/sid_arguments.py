@@ -4,8 +4,7 @@
 
 from hf_flowdistill.cli import COUNT, FINITE, NATURAL, POSITIVE, SHARE
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.rollout import NOISE_TYPES, falls_from_one
-from hf_flowdistill.flow.timesteps import SIGMA_MEAN, SIGMA_STD
+from hf_flowdistill.flow.names import NOISE_TYPES, SIGMA_MEAN, SIGMA_STD, falls_from_one
 from hf_flowdistill.flow.weighting import WEIGHTINGS, get_weighting
 
 

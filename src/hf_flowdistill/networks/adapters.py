@@ -19,7 +19,6 @@ from hf_flowdistill.networks.quantized_sizes import QuantizedSizes
 from hf_flowdistill.teachers.precision import floating_dtype
 
 
-QUANTIZATIONS = ("none", "8bit", "nf4")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 

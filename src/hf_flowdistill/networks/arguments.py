@@ -2,12 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of which networks a training has."""
 
-import dataclasses
-
 from hf_flowdistill.cli import COUNT, POSITIVE, check_installed
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.adapters import QUANTIZATIONS
-from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
+from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 
 LORA_LEARNING_RATE = 1e-4  # of adapters; the paper's are of whole networks
 
@@ -52,9 +49,4 @@ def check_network_arguments(args) -> None:
     if args.weight_dtype is None:  # who says how bfloat16 is to be rounded asks for it
         args.weight_dtype = "bfloat16" if getattr(args, "bf16_rounding", None) and args.networks != "lora" else "float32"
     if args.networks != "full" and args.rank is None:
-        args.rank = RoleSettings.rank
-
-
-def role_settings(args) -> RoleSettings:
-    """The arguments of `add_network_arguments` that `Networks.from_teacher` takes."""
-    return RoleSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(RoleSettings)})
+        args.rank = RANK

@@ -3,11 +3,10 @@
 """Arguments that every method's script has: of the teacher, of the optimization, of the output, of a dry run."""
 
 import hashlib
+import importlib.util
 import json
 import math
 from pathlib import Path
-
-from accelerate.tracking import get_available_trackers
 
 from hf_flowdistill.cli import (
     COUNT,
@@ -17,16 +16,16 @@ from hf_flowdistill.cli import (
     add_call_arguments,
     add_origin_arguments,
     check_installed,
+    check_model,
     check_output_dir,
     image_sizes,
 )
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.push import check_push
-from hf_flowdistill.networks.roles import ROLES
-from hf_flowdistill.teachers.watch import GUIDANCE_SCALES
+from hf_flowdistill.networks.names import ROLES
+from hf_flowdistill.teachers.names import GUIDANCE_SCALES
+from hf_flowdistill.training.folders import read_run
 from hf_flowdistill.training.fsdp_config import take_fsdp_config
-from hf_flowdistill.training.optimizers import LR_SCHEDULES, ROUNDINGS
-from hf_flowdistill.training.sharding import SHARDINGS
+from hf_flowdistill.training.names import LR_SCHEDULES, ROUNDINGS, SHARDINGS, TRACKERS
 
 
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
@@ -186,6 +185,7 @@ def check_teacher_arguments(args) -> None:
     """
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
+    check_model(args.pretrained_model_name_or_path)
     args.resolution = args.resolution or RESOLUTION
     height, width = (args.aspect_ratio_buckets or [(args.resolution, args.resolution)])[0]
     args.height, args.width = args.height or height, args.width or width
@@ -273,12 +273,16 @@ def check_output_arguments(args) -> None:
     if args.images_per_second is not None and args.dry_run is None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     check_output_dir(args.output_dir)
+    read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     if args.report_to not in ("none", "tensorboard") and args.hub_token:
         raise UserError(f"--hub_token could be stored with the run by {args.report_to}: use `hf auth login` instead.")
-    trackers = ["all", "none", *map(str, get_available_trackers())]
+    installed = [name for name, modules in TRACKERS.items() if any(map(importlib.util.find_spec, modules))]
+    trackers = ["all", "none", *installed]
     if args.report_to not in trackers:
         raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
     if args.push_to_hub:
+        from hf_flowdistill.hub.push import check_push
+
         args.hub_model_id = check_push(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
 
 

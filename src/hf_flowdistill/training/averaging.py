@@ -4,7 +4,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -22,16 +21,6 @@ OF_ONE_STUDENT = [
     *"teacher_weights height width aspect_ratio_buckets pipeline_kwargs num_steps sigmas noise_type".split(),
     *(field.name for field in dataclasses.fields(RoleSettings)),
 ]
-
-
-def find_checkpoint(run) -> Path:
-    """The last checkpoint of a run, or the checkpoint itself."""
-    path = Path(run).resolve()
-    checkpoint = path if (path / checkpointing.STATE_FILE).is_file() else checkpointing.latest_checkpoint(path)
-    if checkpoint is None:
-        finished = f": its finished student is in {run}/student" if (path / "student").is_dir() else ""
-        raise UserError(f"{run} holds no checkpoint{finished or ': give the --output_dir of a training'}.")
-    return checkpoint
 
 
 def common_settings(found) -> dict:

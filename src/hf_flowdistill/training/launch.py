@@ -14,11 +14,12 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConf
 
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.export import check_export_dir
+from hf_flowdistill.hub.settings import check_export_dir
 from hf_flowdistill.methods.phases import not_reached
 from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
+from hf_flowdistill.training.folders import read_run, read_state
 from hf_flowdistill.training.fsdp_config import USED as FSDP, not_honoured
 from hf_flowdistill.training.initial_weights import check_no_student, check_student
 from hf_flowdistill.training.sharding import process_group_backend
@@ -102,7 +103,7 @@ def identify(args, method, accelerator, prompts: list[str]) -> Identity:
             with is not this teacher's.
     """
     identity = Identity(run_settings(args, prompts, accelerator, of_images=method.takes_images))
-    identity.recorded = checkpointing.read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
+    identity.recorded = read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     identity.check()
     check_phases(identity.settings, args.max_train_images)
     check_export_dir(Path(args.output_dir, "student"))
@@ -140,5 +141,5 @@ def find_checkpoint(args, accelerator, identity: Identity) -> None:
     accelerator.wait_for_everyone()
     identity.checkpoint = checkpointing.find_resume(args.output_dir, args.resume_from_checkpoint)
     if identity.checkpoint is not None:
-        identity.recorded.append(checkpointing.read_state(identity.checkpoint)["settings"])
+        identity.recorded.append(read_state(identity.checkpoint)["settings"])
         identity.check()

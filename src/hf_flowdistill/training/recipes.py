@@ -19,6 +19,7 @@ import yaml
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.training.arguments import RESOLUTION, origin_of
+from hf_flowdistill.training.folders import RUN_FILE
 
 
 TEACHERS_FILE = "teachers.yaml"
@@ -177,7 +178,7 @@ def recorded_recipe(args) -> str | None:
     if args.resume_from_checkpoint is None:
         return None
     try:
-        recorded = json.loads(Path(args.output_dir, "run.json").read_text(encoding="utf-8"))
+        recorded = json.loads(Path(args.output_dir, RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return recorded.get("recipe") if isinstance(recorded, dict) else None

@@ -31,13 +31,13 @@ from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.method import Method, Samples, Size
 from hf_flowdistill.methods.phases import last_begun, method_of, not_reached
 from hf_flowdistill.networks.adapters import merged, save_lora
-from hf_flowdistill.networks.arguments import role_settings
 from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.placement import streamed
-from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing
+from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing, role_settings
 from hf_flowdistill.teachers import learn_low_precision
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.folders import read_state, write_run
 from hf_flowdistill.training.initial_weights import load_weights
 from hf_flowdistill.training.launch import Identity, find_checkpoint
 from hf_flowdistill.training.optimizers import build_optimizer, learning_rate_factor
@@ -150,7 +150,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     """
     find_checkpoint(args, accelerator, identity)
     checkpoint = identity.checkpoint
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {}
+    resumed = read_state(checkpoint) if checkpoint else {}
     teacher = load_teacher(args, accelerator.device)
     roles, transformer = role_settings(args), teacher.pipeline.transformer
     with teacher.on_device():
@@ -164,7 +164,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     pairs = open_pairs(args, accelerator, teacher, resumed.get("images")) if method.takes_images else None
     identity.check(**({} if pairs is None else {"dataset": pairs.identity}))
     if accelerator.is_main_process:  # before anything else is written there
-        checkpointing.write_run(args.output_dir, identity.settings)
+        write_run(args.output_dir, identity.settings)
     texts = Texts(args, accelerator, teacher, pairs)
     texts.take(prompts, resumed.get("images_seen", 0))
 

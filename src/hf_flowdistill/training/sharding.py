@@ -21,9 +21,6 @@ from hf_flowdistill.teachers.precision import cast, floating_dtype
 from hf_flowdistill.training.distributed import local
 
 
-SHARDINGS = ("none", "full", "hybrid")
-
-
 def process_group_backend() -> str:
     """Of the processes' group: what waits in main memory is reduced there too."""
     return "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "nccl"  # the latter is the default

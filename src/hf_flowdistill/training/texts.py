@@ -11,7 +11,7 @@ from hf_flowdistill.data.cache import cached_conditioning
 from hf_flowdistill.data.image_dataset import open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.keys import component_digests, encoder_key
-from hf_flowdistill.data.prompts import PromptStream
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.methods.method import Size
 from hf_flowdistill.networks.placement import move_all_but_transformer, place_text_encoders
 from hf_flowdistill.teachers import encode_batch, encode_unconditional, first_alike
