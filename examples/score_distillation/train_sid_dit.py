@@ -8,6 +8,8 @@ the generator, which becomes the student, and the fake score, which follows what
 
 import logging
 import os
+import sys
+from pathlib import Path
 
 from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.data.arguments import (
@@ -30,18 +32,24 @@ from hf_flowdistill.training.arguments import (
     check_optimization_arguments,
     check_output_arguments,
     check_teacher_arguments,
+    images_of_update,
 )
+from hf_flowdistill.training.recipes import add_recipe_argument, parse_with_recipe
 
 
 logger = logging.getLogger("hf_flowdistill.train_sid_dit")
 
+RECIPES = Path(__file__).resolve().with_name("recipes")
 
-def parse_args(input_args=None):
+
+def parse_candidates(input_args=None) -> list:
+    """The arguments, for every precision of the recipe: which one fits is seen when the accelerators are."""
     parser = ArgumentParser(
         prog="train_sid_dit.py",
-        usage="train_sid_dit.py --pretrained_model_name_or_path PATH --prompt_file FILE.txt [arguments below]",
+        usage="train_sid_dit.py --pretrained_model_name_or_path PATH [arguments below]",
         description=__doc__,
     )
+    add_recipe_argument(parser)
     add_teacher_arguments(parser)
     add_prompt_arguments(parser)
     add_sid_arguments(parser)
@@ -51,7 +59,10 @@ def parse_args(input_args=None):
     add_optimization_arguments(parser)
     add_output_arguments(parser, name="sid-dit")
     add_plan_arguments(parser)
-    args = parser.parse_args(input_args)
+    return parse_with_recipe(parser, input_args, check_args, RECIPES)
+
+
+def check_args(args) -> None:
     check_teacher_arguments(args)
     check_prompt_arguments(args)
     check_sid_arguments(args)
@@ -60,7 +71,11 @@ def parse_args(input_args=None):
     check_image_arguments(args)
     check_optimization_arguments(args)
     check_output_arguments(args)
-    return args
+
+
+def parse_args(input_args=None):
+    """The arguments, in the recipe's first precision."""
+    return parse_candidates(input_args)[0]
 
 
 def train(run, stopped) -> bool:
@@ -120,28 +135,33 @@ def train(run, stopped) -> bool:
 
 
 def main(input_args=None):
-    args = parse_args(input_args)
-    check_images_per_part(args, args.dry_run or int(os.environ.get("WORLD_SIZE", 1)))
+    candidates = parse_candidates(input_args)
+    args = candidates[0]
+    processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+    check_images_per_part(args, images_of_update(args, processes))
     prompts = read_training_prompts(args, of_images=bool(args.adversarial))
 
     # what computes is imported here, since it takes seconds that help and refusals need not wait
     from hf_flowdistill.methods.sid import SiD
     from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
-    from hf_flowdistill.networks.roles import role_settings
     from hf_flowdistill.planning.dry_run import print_plan
+    from hf_flowdistill.planning.fit import fit
     from hf_flowdistill.training.distributed import stop_signals
-    from hf_flowdistill.training.launch import identify, launch
+    from hf_flowdistill.training.launch import identify, launch, start_processes
     from hf_flowdistill.training.run import finish, prepare
 
+    state = start_processes()
+    words = sys.argv[1:] if input_args is None else input_args
+    args, chosen = fit(candidates, words, processes=args.dry_run or state.num_processes, device=state.device)
+    if args.dry_run is None:
+        for line in chosen:
+            logger.info(line)
     method = (SiDAdversarial if args.adversarial else SiD)(args)
     accelerator = launch(args)
     identity = identify(args, method, accelerator, prompts)
     if args.dry_run is not None:
         if accelerator.is_main_process:
-            autocast = accelerator.mixed_precision == "bf16"
-            print_plan(
-                args, prompts, processes=accelerator.num_processes, autocast=autocast, roles=role_settings(args)
-            )
+            print_plan(args, prompts, accelerator, chosen, RECIPES)
         return
     run = prepare(args, method, accelerator, prompts, identity)
     with stop_signals() as stopped:

@@ -109,8 +109,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
     def parse_args(self, args=None, namespace=None, before=()):
-        """Parse `args` (default: those of the process) after the words `before`, which they win over, and the arguments
-        of the file that `--config` names."""
+        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names, and these
+        after the words `before`; the later win."""
         args = sys.argv[1:] if args is None else list(args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
@@ -182,6 +182,7 @@ def silence_libraries() -> None:
     import transformers  # both here, since they take seconds that not every command has to wait
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of errors that are told
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # of kernels that it does without
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -100,14 +100,11 @@ def check_image_arguments(args) -> None:
     _check_own_cache(args, "image_cache_dir", "image")
 
 
-def check_images_per_part(args, processes: int) -> None:
-    """Raise `UserError` if a part, which all processes share, is smaller than their update."""
-    update = args.train_batch_size * args.gradient_accumulation_steps * processes
+def check_images_per_part(args, update: int) -> None:
+    """Raise `UserError` if a part, which all processes share, is smaller than their update, of `update` images."""
     if args.images_per_part is not None and args.images_per_part < update:
         raise UserError(
-            f"--images_per_part is {args.images_per_part}: it must be at least an update's images, which are "
-            f"{update}: {processes} processes x "
-            f"{args.gradient_accumulation_steps} micro-batches x {args.train_batch_size}."
+            f"--images_per_part is {args.images_per_part}: it must be at least an update's images, which are {update}."
         )
 
 

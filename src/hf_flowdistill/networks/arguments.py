@@ -6,6 +6,7 @@ from hf_flowdistill.cli import COUNT, POSITIVE, check_installed
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 
+
 LORA_LEARNING_RATE = 1e-4  # of adapters; the paper's are of whole networks
 
 
@@ -47,6 +48,8 @@ def check_network_arguments(args) -> None:
     check_installed("peft", f"--networks {args.networks}", args.networks != "full")
     check_installed("bitsandbytes", f"--base_quantization {args.base_quantization}", args.base_quantization != "none")
     if args.weight_dtype is None:  # who says how bfloat16 is to be rounded asks for it
-        args.weight_dtype = "bfloat16" if getattr(args, "bf16_rounding", None) and args.networks != "lora" else "float32"
+        args.weight_dtype = (
+            "bfloat16" if getattr(args, "bf16_rounding", None) and args.networks != "lora" else "float32"
+        )
     if args.networks != "full" and args.rank is None:
         args.rank = RANK

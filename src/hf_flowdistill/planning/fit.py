@@ -4,8 +4,8 @@
 activations and the size of micro-batches; and which precision of its recipe it has.
 
 Ways are tried in the order of the time that they cost: without offloading before with it, the recipe's first precision
-before its second, and then as few checkpointed networks, and as little in shards, as possible. The first that fits with
-one image at a time is taken, with the largest micro-batch that fits then.
+before its second, and then as few checkpointed networks, and as little in shards, as possible. The first that fits
+with one image at a time is taken, with the largest micro-batch that fits then.
 """
 
 import functools
@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE, role_settings
-from hf_flowdistill.networks.roles import ROLES, RoleSettings
+from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
+from hf_flowdistill.networks.roles import ROLES, RoleSettings, role_settings
 from hf_flowdistill.planning.cases import Case, Precision, Stage
 from hf_flowdistill.planning.choices import CHECKPOINTING, SHARE
 from hf_flowdistill.training.arguments import IMAGES_PER_UPDATE, image_sizes_of, origin_of, settle
 from hf_flowdistill.training.distributed import on_main, together
-from hf_flowdistill.training.optimizers import ROUNDINGS
+from hf_flowdistill.training.names import ROUNDINGS
 from hf_flowdistill.training.sharding import count_shards
 
 
@@ -100,7 +100,11 @@ def _choose(candidates, words, processes: int, memory: float) -> tuple[Namespace
         way = next(iter(adapted), None)
     if way is None:
         return None, [], _refusal(adapted, words, processes, memory)
-    return way.args, [f"fit: {_describe(way, processes, memory)}", f"fit: {_command(way.args, words, processes)}"], None
+    return (
+        way.args,
+        [f"fit: {_describe(way, processes, memory)}", f"fit: {_command(way.args, words, processes)}"],
+        None,
+    )
 
 
 def _stage_of(args) -> Stage:
@@ -139,11 +143,13 @@ def _ways(candidates, processes: int) -> Iterator[tuple[Namespace, str, tuple[st
             given = args.gradient_checkpointing
             checkpointed = reversed(CHECKPOINTING.values()) if given is None else [tuple(given or ())]
             for names in checkpointed:
-                yield from ((args, kind, names) for kind in _shardings(args, processes) if SHARDINGS[kind][1] is offloaded)
+                yield from (
+                    (args, kind, names) for kind in _shardings(args, processes) if SHARDINGS[kind][1] is offloaded
+                )
 
 
 def _shardings(args, processes: int) -> list[str]:
-    """The keys of `SHARDINGS` that the arguments leave open. On one process a shard is all, so it is for offloading."""
+    """Keys of `SHARDINGS` that the arguments leave open. On one process a shard is all, so it is for offloading."""
     whole = args.use_8bit_adam or args.base_quantization != "none"  # bitsandbytes takes no shards
     return [
         kind
@@ -194,21 +200,21 @@ def _adapted(args, more: dict) -> Namespace:
 
 
 def _describe(way: Way, processes: int, memory: float) -> str:
-    args = way.args
-    checkpointed = "all networks" if set(args.gradient_checkpointing) == set(ROLES) else ", ".join(args.gradient_checkpointing)
-    shards = {"none": "networks whole on every process"}.get(args.sharding, f"networks in shards ({args.sharding})")
-    precision = "bfloat16 weights" if args.weight_dtype == "bfloat16" else "float32 weights"
-    return ", ".join(
-        [
-            *([] if args.networks == "full" else [f"--networks {args.networks}, base {args.base_quantization}"]),
-            precision,
-            shards + " and offloaded" * args.cpu_offload,
-            f"activations of {checkpointed or 'no network'} computed twice",
-            f"micro-batches of {args.train_batch_size}",
-            f"{way.peak / 1e9:.1f} of {memory / 1e9:.1f} GB at the peak of each of {processes} process"
-            + "es" * (processes > 1),
-        ]
-    )
+    args, twice = way.args, way.args.gradient_checkpointing
+    twice = "all networks" if set(twice) == set(ROLES) else " and ".join(twice) or "no network"
+    parts = [
+        *([] if args.networks == "full" else [f"--networks {args.networks} on a base of {args.base_quantization}"]),
+        f"{args.weight_dtype} weights",
+        "whole on every process" if args.sharding == "none" else f"in shards ({args.sharding})",
+        *(["offloaded"] * args.cpu_offload),
+        f"activations of {twice} computed twice",
+        f"micro-batches of {args.train_batch_size}",
+    ]
+    return f"{', '.join(parts)}: {_gigabytes(way.peak)} of {_gigabytes(memory)} GB on each of {processes} at the peak"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f}"
 
 
 ADAPTED = "networks base_quantization rank weight_dtype bf16_rounding learning_rate fake_score_learning_rate".split()
@@ -236,16 +242,26 @@ def _shown(words: Sequence[str]) -> list[str]:
 
 
 def _refusal(adapted: Sequence[Way], words: Sequence[str], processes: int, memory: float) -> str:
-    told = f"whole networks do not fit into {memory / 1e9:.1f} GB on each of {processes} processes, even in shards and offloaded"
+    room = f"{_gigabytes(memory)} GB on each of {processes}"
     if not adapted:
-        return f"this training does not fit into {memory / 1e9:.1f} GB on each of {processes} processes in any way: take more or larger accelerators, a smaller --resolution, or a smaller teacher."
-    rows = "".join(f"\n  {_describe(way, processes, memory)}:\n    {_command(way.args, words, processes)}" for way in adapted)
-    return f"{told}: choose LoRAs, by --fit lora or by one of these commands, or more accelerators.{rows}"
+        return (
+            f"this training does not fit into {room} in any way: take more or larger accelerators, a smaller "
+            "--resolution or a smaller teacher."
+        )
+    rows = [f"{_describe(way, processes, memory)}:\n    {_command(way.args, words, processes)}" for way in adapted]
+    return (
+        f"whole networks do not fit into {room}: choose LoRAs, by --fit lora or one of these commands, or take more "
+        "accelerators.\n  " + "\n  ".join(rows)
+    )
 
 
 def _rounded(args, processes: int) -> list[str]:
     """A line, if the images per update are not those that were asked for."""
-    wanted = args.images_per_update or IMAGES_PER_UPDATE
-    made = processes * args.gradient_accumulation_steps * args.train_batch_size
-    told = f"{made} images per update instead of {wanted}, since {processes} processes x {args.gradient_accumulation_steps} micro-batches x {args.train_batch_size} images are the nearest"
-    return [told] if args.images_per_update and made != wanted else []
+    accumulation, size = args.gradient_accumulation_steps, args.train_batch_size
+    made = processes * accumulation * size
+    if args.images_per_update in (None, made):
+        return []
+    return [
+        f"{made} images per update instead of {args.images_per_update}: {processes} processes x {accumulation} "
+        f"micro-batches x {size} images are the nearest"
+    ]

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 from hf_flowdistill.cli import (
@@ -33,7 +34,8 @@ FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset
 conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
 gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
 validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
-hub_private_repo resolution dry_run images_per_second image_cache_dir streaming fit device_memory images_per_update""".split()
+hub_private_repo resolution dry_run images_per_second image_cache_dir streaming fit device_memory
+images_per_update""".split()
 FITS = ("auto", "lora", "none")
 IMAGES_PER_UPDATE = 256  # the paper's
 RESOLUTION = 1024  # of a teacher whose configuration tells none
@@ -254,14 +256,21 @@ def settle(args, processes: int) -> None:
     wanted, batch_size, accumulation = args.images_per_update, args.train_batch_size, args.gradient_accumulation_steps
     if wanted and batch_size and accumulation and wanted != batch_size * accumulation * processes:
         raise UserError(
-            f"--images_per_update is {wanted}, but {processes} processes x {accumulation} micro-batches x {batch_size} "
-            "images are another number: leave out one of the three."
+            f"--images_per_update is {wanted}, but {processes} processes x {accumulation} micro-batches x "
+            f"{batch_size} images are another number: leave out one of the three."
         )
     share = max(1, round((wanted or IMAGES_PER_UPDATE) / processes))  # of one process
     if batch_size is None:
         batch_size = max(1, round(share / accumulation)) if accumulation else 2 - share % 2
     args.train_batch_size = batch_size
     args.gradient_accumulation_steps = accumulation or max(1, round(share / batch_size))
+
+
+def images_of_update(args, processes: int) -> int:
+    """How many images an update of `processes` has, whatever micro-batches they come in."""
+    args = Namespace(**vars(args))
+    settle(args, processes)
+    return processes * args.gradient_accumulation_steps * args.train_batch_size
 
 
 def check_output_arguments(args) -> None:

@@ -125,7 +125,7 @@ def check_accelerator(accelerator) -> None:
     """Stop a launch that this package does not compute rightly.
 
     Raises:
-        UserError: for a mixed precision other than bfloat16, or for networks that the launcher would shard in another way.
+        UserError: for a mixed precision other than bfloat16, or networks that the launcher would shard.
     """
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(

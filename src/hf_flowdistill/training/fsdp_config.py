@@ -9,7 +9,10 @@ from hf_flowdistill.errors import UserError
 
 USED = "ACCELERATE_USE_FSDP"
 ELSEWHERE = {  # what the script does in its own way -> the values that ask for it, and what happens instead of others
-    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard"), "weights are released after every pass, forward and backward"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        ("true", "full_shard"),
+        "weights are released after every pass, forward and backward",
+    ),
     "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "the transformer's repeated blocks are the units"),
     "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "the transformer's repeated blocks are found by themselves"),
     "FSDP_STATE_DICT_TYPE": (("SHARDED_STATE_DICT",), "checkpoints of sharded networks are in shards"),

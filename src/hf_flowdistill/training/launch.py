@@ -20,7 +20,8 @@ from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
 from hf_flowdistill.training.folders import read_run, read_state
-from hf_flowdistill.training.fsdp_config import USED as FSDP, not_honoured
+from hf_flowdistill.training.fsdp_config import USED as FSDP
+from hf_flowdistill.training.fsdp_config import not_honoured
 from hf_flowdistill.training.initial_weights import check_no_student, check_student
 from hf_flowdistill.training.sharding import process_group_backend
 

@@ -32,7 +32,7 @@ LEFT_OUT = {  # lines of a recipe that are left out if one of the arguments is g
 
 
 class Found(NamedTuple):
-    """Recipes of a teacher, best first, by name; why these, as the end of a sentence; the resolution they leave open."""
+    """Names of a teacher's recipes, best first; why these, as the end of a sentence; the resolution they leave open."""
 
     names: list[str]
     why: str
@@ -44,8 +44,8 @@ def add_recipe_argument(parser) -> None:
         "--recipe",
         default=AUTO,
         metavar="NAME",
-        help="more arguments, of a file in recipes/; auto: that of a teacher of the same architecture; none: none. The "
-        "command line and --config win over it",
+        help="more arguments, of a file in recipes/; auto: that of a teacher of the same architecture; none: none. "
+        "The command line and --config win over it",
     )
 
 
@@ -117,7 +117,9 @@ def paper_time(name: str, folder: Path) -> tuple[float, str] | None:
 
 def is_alike(config: dict, expected: dict) -> bool:
     """Whether a transformer's configuration has all of `expected`."""
-    return all(_value(config, name) == (EMPTY.get(name) if value is None else value) for name, value in expected.items())
+    return all(
+        _value(config, name) == (EMPTY.get(name) if value is None else value) for name, value in expected.items()
+    )
 
 
 def _value(config: dict, name: str):
@@ -127,7 +129,7 @@ def _value(config: dict, name: str):
 
 
 def read_config(args, component: str) -> dict:
-    """The teacher's own config.json of a component; empty if it cannot be read, which loading the teacher will tell."""
+    """The teacher's config.json of a component; empty if it cannot be read, which loading the teacher will tell."""
     path, name = args.pretrained_model_name_or_path, f"{component}/config.json"
     try:
         file = Path(path) / name
@@ -162,7 +164,7 @@ def wanted_resolution(args) -> float | None:
 
 
 def asked_precision(args) -> str | None:
-    """"bfloat16" weights or "autocast" where the arguments or the launch ask for one of them by name."""
+    """ "bfloat16" weights or "autocast" where the arguments or the launch ask for one of them by name."""
     if args.weight_dtype == "bfloat16" or (args.weight_dtype is None and args.bf16_rounding):
         return "bfloat16"
     launched = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
