@@ -16,7 +16,7 @@ from hf_flowdistill.data.arguments import (
     add_image_arguments,
     add_prompt_arguments,
     check_image_arguments,
-    check_images_per_part,
+    check_parts,
     check_prompt_arguments,
     read_training_prompts,
 )
@@ -138,7 +138,7 @@ def main(input_args=None):
     candidates = parse_candidates(input_args)
     args = candidates[0]
     processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
-    check_images_per_part(args, images_of_update(args, processes))
+    check_parts(args, images_of_update(args, processes))
     prompts = read_training_prompts(args, of_images=bool(args.adversarial))
 
     # what computes is imported here, since it takes seconds that help and refusals need not wait

@@ -109,7 +109,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help).")
 
     def parse_args(self, args=None, namespace=None, before=()):
-        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names, and these
+        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names, these
         after the words `before`; the later win."""
         args = sys.argv[1:] if args is None else list(args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -174,6 +174,12 @@ def main(input_args=None):
         raise UserError(f"flowdistill has no command {words[0]}: choose one of {', '.join(COMMANDS)}.")
     else:
         importlib.import_module(f"hf_flowdistill.commands.{words[0]}").main(words[1:])
+
+
+def say(text: str) -> None:
+    """A line on the screen, of the first of all processes, before there is a log."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def silence_libraries() -> None:

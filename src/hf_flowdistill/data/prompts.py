@@ -33,7 +33,7 @@ def read_prompts(path, caption_column: str = CAPTION_COLUMN) -> list[str]:
         raise UserError(f"{what} has no columns, it is read line by line: leave out --caption_column.")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            prompts = _captions(what, rows_of(file), caption_column)
+            prompts = list(captions_of(what, rows_of(file), caption_column))
     except UserError:
         raise
     except UnicodeDecodeError:
@@ -53,17 +53,9 @@ def read_dataset(name: str, config: str | None = None, caption_column: str = CAP
     Raises:
         UserError: if the dataset cannot be read, has no such column, or holds no prompt.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
     what = f"the dataset {name}"
     try:
-        rows = load_dataset(name, config, split="train", streaming=True)
-        if rows.column_names:  # not known of every format before the first row
-            _check_column(what, rows.column_names, caption_column)
-            rows = rows.select_columns([caption_column])
-        prompts = _captions(what, rows, caption_column)
+        prompts = list(captions_of(what, open_captions(name, config, caption_column), caption_column))
     except UserError:
         raise
     except Exception as error:  # of the many kinds that files, archives and the Hub have
@@ -71,6 +63,29 @@ def read_dataset(name: str, config: str | None = None, caption_column: str = CAP
     if not prompts:
         raise UserError(f"{what} holds no prompt in its column {caption_column}: choose one with --caption_column.")
     return prompts
+
+
+def open_captions(name: str, config: str | None, caption_column: str):
+    """The rows of the "train" split of a dataset, from a folder or from the Hub, as a stream of their captions alone:
+    of parquet files nothing else is fetched.
+
+    Raises:
+        UserError: if there is no such column.
+        Exception: of many kinds, if the dataset cannot be read.
+    """
+    try:
+        from datasets import load_dataset_builder
+    except ImportError:
+        raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
+    builder = load_dataset_builder(name, config)
+    rows = builder.as_streaming_dataset(split="train")
+    if rows.column_names:  # not known of every format before the first row
+        _check_column(f"the dataset {name}", rows.column_names, caption_column)
+        if hasattr(builder.config, "columns"):
+            builder.config.columns = [caption_column]
+            rows = builder.as_streaming_dataset(split="train")
+        rows = rows.select_columns([caption_column])
+    return rows
 
 
 def _text_rows(lines: Iterable[str]) -> Iterator[dict]:
@@ -96,15 +111,15 @@ def _check_column(what: str, columns: Iterable[str], column: str) -> None:
         )
 
 
-def _captions(what: str, rows: Iterable[dict], column: str) -> list[str]:
+def captions_of(what: str, rows: Iterable[dict], column: str) -> Iterator[str]:
     """The captions that are not blank, without the white space around them."""
-    captions = []
     for number, row in enumerate(rows, start=1):
         _check_column(f"row {number} of {what}", row, column)
         caption = row[column]
         if caption is not None and not isinstance(caption, str):
             kind = type(caption).__name__
             raise UserError(f"{what} has a {kind} for {column} in row {number}: the prompts must be text.")
-        captions.append((caption or "").strip())
-        captions[-1].encode()  # half of a surrogate pair, which JSON can hold, is an error here and not in a tokenizer
-    return list(filter(None, captions))
+        caption = (caption or "").strip()
+        caption.encode()  # half of a surrogate pair, which JSON can hold, is an error here and not in a tokenizer
+        if caption:
+            yield caption

@@ -295,18 +295,15 @@ def check_output_arguments(args) -> None:
         args.hub_model_id = check_push(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
 
 
-def run_settings(args, prompts: list[str], accelerator, *, of_images: bool) -> dict:
-    """What a checkpoint records of its run, to refuse going on with another.
-
-    Args:
-        of_images: the prompts are the captions of images, which are read later.
-    """
+def run_settings(args, prompts: list[str], accelerator) -> dict:
+    """What a checkpoint records of its run, to refuse going on with another; prompts that are read later, as captions
+    of images or a part at a time, by the name of their dataset."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     for name in ("pretrained_model_name_or_path", "student_model_name_or_path"):
         if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
-    if of_images:
+    if not prompts:
         settings["prompts"] = [args.dataset_name, args.dataset_config_name, args.caption_column]
     settings["images_per_update"] = math.prod(
         (args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes)

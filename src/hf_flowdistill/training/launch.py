@@ -103,7 +103,7 @@ def identify(args, method, accelerator, prompts: list[str]) -> Identity:
         UserError: the folder is another run's, the teacher is itself a student, or the student that is to be gone on
             with is not this teacher's.
     """
-    identity = Identity(run_settings(args, prompts, accelerator, of_images=method.takes_images))
+    identity = Identity(run_settings(args, prompts, accelerator))
     identity.recorded = read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
     identity.check()
     check_phases(identity.settings, args.max_train_images)

@@ -9,7 +9,6 @@ defaults.
 import json
 import math
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import yaml
 
+from hf_flowdistill.cli import say
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.training.arguments import RESOLUTION, origin_of
 from hf_flowdistill.training.folders import RUN_FILE
@@ -32,7 +32,7 @@ LEFT_OUT = {  # lines of a recipe that are left out if one of the arguments is g
 
 
 class Found(NamedTuple):
-    """Names of a teacher's recipes, best first; why these, as the end of a sentence; the resolution they leave open."""
+    """Names of recipes, best first; why these, as the end of a sentence; the resolution that is left open."""
 
     names: list[str]
     why: str
@@ -72,8 +72,7 @@ def parse_with_recipe(parser, input_args, check: Callable[[Namespace], None], fo
         args.recipe = name
         check(args)
         parsed.append(args)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"recipe: {' or '.join(found.names) or NONE}, {found.why}", file=sys.stderr)
+    say(f"recipe: {' or '.join(found.names) or NONE}, {found.why}")
     return parsed
 
 

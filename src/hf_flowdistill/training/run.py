@@ -42,7 +42,7 @@ from hf_flowdistill.training.initial_weights import load_weights
 from hf_flowdistill.training.launch import Identity, find_checkpoint
 from hf_flowdistill.training.optimizers import build_optimizer, learning_rate_factor
 from hf_flowdistill.training.teacher import Teacher, load_teacher
-from hf_flowdistill.training.texts import Texts, open_pairs
+from hf_flowdistill.training.texts import Texts, open_pairs, open_prompt_parts
 
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     identity.check(**({} if pairs is None else {"dataset": pairs.identity}))
     if accelerator.is_main_process:  # before anything else is written there
         write_run(args.output_dir, identity.settings)
-    texts = Texts(args, accelerator, teacher, pairs)
+    texts = Texts(args, accelerator, teacher, pairs or open_prompt_parts(args, accelerator))
     texts.take(prompts, resumed.get("images_seen", 0))
 
     networks = build_networks(args, method, teacher, transformer, texts.sizes[0], accelerator)
