@@ -3,6 +3,7 @@
 """The first minute of a training: the processes, the log, and which run this is, all before any long work."""
 
 import logging
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -43,9 +44,13 @@ def launch(args) -> Accelerator:
         ],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log = logging.StreamHandler()
+    log.addFilter(PlainLines(alone=accelerator.num_processes == 1))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[log])
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.getLogger("hf_flowdistill").setLevel(level)
+    if not accelerator.is_main_process:
+        warnings.simplefilter("ignore")  # which the main process has too
     silence_libraries()
     if args.weight_dtype != "float32" and accelerator.mixed_precision != "no":
         raise UserError(
@@ -54,6 +59,20 @@ def launch(args) -> Accelerator:
     check_world_size(accelerator.num_processes)
     check_accelerator(accelerator)
     return accelerator
+
+
+class PlainLines(logging.Filter):
+    """Says nothing twice, and, where a process is `alone`, which it is not, as Accelerate does."""
+
+    def __init__(self, *, alone: bool):
+        super().__init__()
+        self._prefix, self._said = "[RANK 0] " if alone else "", set()
+
+    def filter(self, record) -> bool:
+        record.msg, record.args = record.getMessage().removeprefix(self._prefix), None
+        new = record.msg not in self._said
+        self._said.add(record.msg)
+        return new
 
 
 @dataclass
@@ -129,3 +148,5 @@ def find_checkpoint(args, accelerator, identity: Identity) -> None:
     if identity.checkpoint is not None:
         identity.recorded.append(checkpointing.read_state(identity.checkpoint)["settings"])
         identity.check()
+    elif args.resume_from_checkpoint is not None:
+        logger.info(f"there is no checkpoint in {args.output_dir} yet: the run starts from the beginning")

@@ -183,7 +183,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         state |= checkpointing.load_checkpoint(checkpoint, **run.saved) | {"settings": identity.settings}
         state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
-        logger.info(f"going on from {checkpoint}")
+        logger.info(f"going on from {checkpoint}, {state['images_seen']} of {args.max_train_images} images")
     state |= {"used": method.used | used_roles(args), "hardware": monitors.add_hardware(state, accelerator)}
     logger.info(
         f"{texts.prompts.count} prompts ({len(texts.prompts.distinct)} distinct), {run.images_per_update} images "

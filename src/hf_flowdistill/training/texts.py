@@ -96,18 +96,19 @@ class Texts:
             with self._teacher.on_device():
                 return encode(pipeline, contract, texts)
 
-        texts = self.prompts.distinct
-        conditional = cached(texts, encode, watched=functools.partial(watched_tokenizers, pipeline))
+        texts, watched = self.prompts.distinct, functools.partial(watched_tokenizers, pipeline)
+        conditional = cached(texts, encode, watched=watched)
         # apart, so that changing them on resume cannot touch the last digit of the others
-        validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
+        validation = cached(args.validation_prompts, encode, watched=watched) if args.validation_prompts else None
         unconditional = cached(
             [args.negative_prompt],
             lambda texts: encode(*texts, encode=encode_unconditional),
             role="negative prompt",
         )
-        logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
-        if losses := conditional.losses(texts):
-            logger.warning(losses)
+        logger.info(f"{conditional.origin()}; {conditional[0].nbytes:,} bytes each")
+        for rows, of, kind in ((conditional, texts, "prompts"), (validation, args.validation_prompts, "validation prompts")):
+            if rows is not None and (losses := rows.losses(of, kind)):
+                logger.warning(losses)
         return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
 
     def _key(self, contract) -> dict:
