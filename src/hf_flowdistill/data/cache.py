@@ -75,15 +75,17 @@ class CachedConditioning:
         """In words, how many rows were read and how many encoded."""
         folder, read = self.shards[0].parent, len(self.places.unique(dim=0)) - self.encoded
         parts = [f"{read} prompts are read from {folder}"] * bool(read)
-        parts += [f"{self.encoded} are encoded" if read else f"{self.encoded} prompts are encoded"] * bool(self.encoded)
+        parts += [f"{self.encoded} are encoded" if read else f"{self.encoded} prompts are encoded"] * bool(
+            self.encoded
+        )
         return ", ".join(parts)
 
     def losses(self, texts: Sequence[str], kind: str = "prompts") -> str:
-        """A sentence on those of `texts`, all distinct and one for each row, that were cut or are alike once they are
-        encoded; "" if there are none."""
+        """A sentence on those of `texts`, one for each row, that were cut or are alike once they are encoded; "" if
+        there are none."""
         cut, limits, longest, seen, alike = Counter(), {}, (0, ""), set(), 0
         several = 0
-        for text, (row, tokens, lengths) in zip(texts, self.notes()):
+        for text, (row, tokens, lengths) in dict(zip(texts, self.notes())).items():
             several += bool(lengths)
             for name, (length, limit) in lengths.items():
                 cut[name] += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hf_flowdistill.data.saved_datasets import is_saved, read_saved
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow.draws import permutation
 
@@ -52,7 +53,8 @@ def read_prompts(path, caption_column: str = CAPTION_COLUMN) -> list[str]:
 def read_dataset(name: str, config: str | None = None, caption_column: str = CAPTION_COLUMN) -> list[str]:
     """The prompts of the "train" split of a dataset, from a folder or from the Hub, as `read_prompts` gives them.
 
-    It is streamed: nothing but the captions is kept, and images beside them are not decoded.
+    It is streamed, or read from where `save_to_disk` put it: nothing but the captions is kept, and images beside them
+    are not decoded.
 
     Raises:
         UserError: if the dataset cannot be read, has no such column, or holds no prompt.
@@ -63,7 +65,10 @@ def read_dataset(name: str, config: str | None = None, caption_column: str = CAP
         raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
     what = f"the dataset {name}"
     try:
-        rows = load_dataset(name, config, split="train", streaming=True)
+        if is_saved(name):
+            rows = read_saved(name, config, "train")
+        else:
+            rows = load_dataset(name, config, split="train", streaming=True)
         if rows.column_names:  # not known of every format before the first row
             _check_column(what, rows.column_names, caption_column)
             rows = rows.select_columns([caption_column])

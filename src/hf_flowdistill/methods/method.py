@@ -108,8 +108,8 @@ class Method:
     Attributes:
         trains: the names of the networks that it trains, of "generator" and "fake_score".
         takes_images: its prompts are the captions of images, `Samples.pairs`.
-        progress: formats of what the progress bar shows, the most telling first: one is left out where the record lacks
-            one of its names, or the bar the room.
+        progress: formats of what the progress bar shows, the most telling first: one is left out where the record
+            lacks one of its names, or the bar the room.
     """
 
     trains: tuple[str, ...] = ("generator", "fake_score")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings
 from hf_flowdistill.data.cache import cached_conditioning
-from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.image_dataset import ImageDataset, open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.keys import component_digests, encoder_key
 from hf_flowdistill.data.prompts import PromptStream
@@ -106,7 +106,10 @@ class Texts:
             role="negative prompt",
         )
         logger.info(f"{conditional.origin()}; {conditional[0].nbytes:,} bytes each")
-        for rows, of, kind in ((conditional, texts, "prompts"), (validation, args.validation_prompts, "validation prompts")):
+        for rows, of, kind in (
+            (conditional, texts, "prompts"),
+            (validation, args.validation_prompts, "validation prompts"),
+        ):
             if rows is not None and (losses := rows.losses(of, kind)):
                 logger.warning(losses)
         return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
@@ -122,13 +125,23 @@ class Texts:
         return self._keys[size]
 
 
-def open_pairs(args, accelerator, teacher: Teacher, state: dict | None) -> ImagePairs:
-    """The text-image pairs that the arguments name; `state` is that of a checkpoint, or None.
+def open_images(args) -> ImageDataset:
+    """The text-image set that the arguments name, of which some pair can be used.
 
     Raises:
-        UserError: the dataset cannot be read, or the teacher's VAE cannot encode.
+        UserError: the dataset cannot be read, or has no images and captions in these columns.
     """
     dataset = open_dataset(args.dataset_name, **dataset_settings(args))
+    dataset.check()
+    return dataset
+
+
+def open_pairs(args, accelerator, teacher: Teacher, dataset: ImageDataset, state: dict | None) -> ImagePairs:
+    """The text-image pairs of `dataset`; `state` is that of a checkpoint, or None.
+
+    Raises:
+        UserError: the teacher's VAE cannot encode.
+    """
     with teacher.on_device():
         encoder = learn_image_encoder(teacher.pipeline, teacher.contracts[0])
     return ImagePairs(

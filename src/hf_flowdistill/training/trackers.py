@@ -9,7 +9,12 @@ from pathlib import Path
 from hf_flowdistill.data.files import replace_text
 
 
-RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}  # what they call it
+RUN_NAMES = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+}  # what they call it
 WANDB_RUN_FILE = "wandb_run_id"  # in the folder of the trackers' files
 NEVER_SHOWN = "images_seen", "k", "processes", "height", "width"  # the axis, what curves are told apart by, constants
 OF_ALL_STEPS = "step", "skipped_updates", "learning_rate", "images_per_second"  # not of one sampler step
