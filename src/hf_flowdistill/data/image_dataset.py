@@ -222,7 +222,7 @@ def open_image(image: Any) -> Image.Image:
     source = image
     if not isinstance(image, Image.Image):
         if image is not None and not isinstance(image, (bytes, str, dict)):
-            raise WrongType(f"it is no image but a {type(image).__name__}")
+            raise WrongType(f"it is no image but {type(image).__name__}")
         image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
         source = io.BytesIO(_read_file(path) if data is None else data)

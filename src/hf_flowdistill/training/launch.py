@@ -35,7 +35,7 @@ def launch(args) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if args.report_to == ["none"] else args.report_to,
         # the others wait while the main process writes a checkpoint, which can take longer than the default allows
         kwargs_handlers=[
             InitProcessGroupKwargs(process_group_backend(args.cpu_offload), timeout=timedelta(hours=2)),
