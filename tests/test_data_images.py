@@ -371,9 +371,9 @@ def test_a_set_that_was_saved_to_the_disk(several, encoder, tmp_path):
 def test_sets_that_are_none_are_seen_in_their_first_rows(tmp_path):
     from datasets import Dataset, Features, Image, List, Value
 
-    good, image = image_bytes(0), Image()
+    good, image, text = image_bytes(0), Image(), Value("string")
 
-    def check(pictures, texts, image_type=image, text_type=Value("string"), **columns):
+    def check(pictures, texts, image_type=image, text_type=text, **columns):
         features = Features({"image": image_type, "text": text_type})
         Dataset.from_dict({"image": pictures, "text": texts}, features=features).save_to_disk(tmp_path / "set")
         open_dataset(str(tmp_path / "set"), **columns).check()

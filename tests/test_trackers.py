@@ -1,6 +1,6 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What trackers show of a run: the real TensorBoard files, and those of the real wandb client where it is installed."""
+"""What trackers show of a run: real files of TensorBoard, and of the real wandb client where it is installed."""
 
 import argparse
 import json
