@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from image_sets import FORMS, caption, picture, write_image_set
+from image_sets import FORMS, caption, image_bytes, picture, write_image_set
 from PIL import Image
 from teacher_cases import learned
 from training_helpers import ROOT, run_command
@@ -339,6 +339,59 @@ def test_nothing_but_broken_images(encoder, tmp_path):
     pairs = ImagePairs(tmp_path / "texts", open_dataset(str(tmp_path / "set"), **columns), encoder, seed=0)
     with pytest.raises(UserError, match="row 0: it is missing"):
         pairs.move_to(0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_set_that_was_saved_to_the_disk(several, encoder, tmp_path):
+    """The same pairs as from its files; its version is in its identity, and streaming makes no difference."""
+    from datasets import Dataset, DatasetDict, Image
+
+    def save(name, numbers):
+        pictures = [{"bytes": image_bytes(number), "path": None} for number in numbers]
+        rows = {"image": pictures, "text": [caption(number) for number in numbers]}
+        saved = Dataset.from_dict(rows).cast_column("image", Image())
+        (DatasetDict({"train": saved, "test": saved}) if several else saved).save_to_disk(tmp_path / name)
+        return str(tmp_path / name)
+
+    first, other = save("first", range(12)), save("other", range(1, 13))
+    columns = write_image_set(tmp_path / "files", "parquet", 12)
+    expected = ImagePairs(tmp_path / "a", open_dataset(str(tmp_path / "files"), **columns), encoder, seed=0)
+    expected.move_to(0)
+    for streaming in (False, True):
+        pairs = ImagePairs(tmp_path / "b", open_dataset(first, streaming=streaming), encoder, seed=0)
+        pairs.move_to(0)
+        assert pairs.captions == expected.captions
+        assert torch.equal(pairs.latents(range(12)), expected.latents(range(12)))
+    assert open_dataset(first).identity == open_dataset(first).identity != open_dataset(other).identity
+    if several:
+        with pytest.raises(UserError, match="has no split validation, but train, test"):
+            open_dataset(first, split="validation")
+
+
+def test_sets_that_are_none_are_seen_in_their_first_rows(tmp_path):
+    from datasets import Dataset, Features, Image, List, Value
+
+    good, image, text = image_bytes(0), Image(), Value("string")
+
+    def check(pictures, texts, image_type=image, text_type=text, **columns):
+        features = Features({"image": image_type, "text": text_type})
+        Dataset.from_dict({"image": pictures, "text": texts}, features=features).save_to_disk(tmp_path / "set")
+        open_dataset(str(tmp_path / "set"), **columns).check()
+
+    def of(data):
+        return {"bytes": data, "path": None}
+
+    check([of(b"none"), None, of(good)], ["a", "b", "c"])  # one that can be used is enough
+    check([of(b"none")] * 64 + [of(good)], ["a"] * 65)  # what is further on is not read
+    for arguments, reason in (
+        (([], []), "it is empty"),
+        (([of(b"none"), of(good)], ["a", " "]), "row 0: it is of no known format"),
+        (([3, 4] * 100, ["a"] * 200, Value("int64")), "row 0: it is no image but int"),
+        (([[1.0]] * 100, ["a"] * 100, List(Value("float32"))), "row 0: it is no image but list"),
+        (([of(good)] * 100, [7] * 100, image, Value("int32")), "row 0: its caption is no text but a int"),
+    ):
+        with pytest.raises(UserError, match=rf"no image of the dataset .*set can be used \({reason}\): choose"):
+            check(*arguments)
 
 
 def test_datasets_that_cannot_be_read(sets, tmp_path):

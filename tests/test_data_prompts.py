@@ -106,6 +106,23 @@ def test_a_dataset_in_a_folder(kind, tmp_path, no_network):
         read_dataset(str(folder))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_dataset_that_was_saved_to_the_disk(several, tmp_path, no_network):
+    from datasets import Dataset, DatasetDict, Image
+
+    rows = [{**row, "image": {"bytes": b"no image", "path": None}} for row in ROWS]
+    saved = Dataset.from_list(rows).cast_column("image", Image())
+    (DatasetDict({"train": saved, "test": saved.select([0])}) if several else saved).save_to_disk(tmp_path / "data")
+    assert read_dataset(str(tmp_path / "data"), caption_column="caption") == CAPTIONS
+    with pytest.raises(UserError, match="has no column text: choose --caption_column among"):
+        read_dataset(str(tmp_path / "data"))
+    with pytest.raises(UserError, match="saved to the disk without configurations: leave out --dataset_config_name"):
+        read_dataset(str(tmp_path / "data"), "en", caption_column="caption")
+    DatasetDict({"test": saved}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="other has no split train, but test"):
+        read_dataset(str(tmp_path / "other"), caption_column="caption")
+
+
 def test_datasets_that_cannot_be_read(tmp_path, no_network, monkeypatch):
     with pytest.raises(UserError, match=f"the dataset {tmp_path}/nowhere cannot be read: ") as error:
         read_dataset(f"{tmp_path}/nowhere")

@@ -38,6 +38,7 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.methods import sid
 from hf_flowdistill.methods.method import Size
+from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
 from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts
 from hf_flowdistill.training import run as run_module
@@ -55,7 +56,9 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
 
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"checkpoint-8", "conditioning", "logs", "metrics.jsonl", "run.json", "student", "validation"}
-    assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
+    assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {
+        *("images-0.png", "images-4.png", "images-8.png", "teacher.png")
+    }
     lines = metrics(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [4, 8]
     numbers = [value for line in lines for value in line.values()]
@@ -310,9 +313,57 @@ REFUSED = {
         lambda: {"pipeline_kwargs": '{"colour": 1}'},
         "pipeline_kwargs has 'colour', which is no argument of StableDiffusion3Pipeline",
     ),
-    "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose one of all"),
+    "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose of all, none"),
+    "trackers and none": (
+        lambda: {"config": write("trackers.yaml", "report_to: [tensorboard, none]"), "report_to": None},
+        "--report_to has none beside others",
+    ),
+    "several sizes and one": (
+        lambda: {"aspect_ratio_buckets": "32,32;32,48"},
+        "--resolution is one size: leave it out where there are --aspect_ratio_buckets",
+    ),
+    "a size three times": (lambda: {"height": 32, "width": 32}, "--resolution is height and width of square images"),
+    "a revision of a folder": (lambda: {"revision": "main"}, "--revision is of a repository on the Hub, and the"),
+    "a limit of no checkpoints": (
+        lambda: {"checkpointing_images": 0, "checkpoints_total_limit": 2},
+        "--checkpoints_total_limit is of checkpoints, and --checkpointing_images 0 writes none",
+    ),
+    "sheets of no prompts": (lambda: {"validation_images": 4}, "--validation_images is of sample sheets: give --val"),
+    "samples of no prompts": (lambda: {"num_validation_images": 4}, "--num_validation_images is of sample sheets"),
+    "the folder of no tracker": (lambda: {"logging_dir": "x"}, "--logging_dir is of a tracker, and --report_to is"),
+    "a project of no tracker": (lambda: {"tracker_project_name": "x"}, "--tracker_project_name is of a tracker, and"),
+    "a name that TensorBoard has none of": (
+        lambda: {"tracker_run_name": "x", "report_to": "tensorboard"},
+        "--tracker_run_name is of wandb, .* and --report_to names none of them",
+    ),
+    "a repository without a push": (lambda: {"hub_model_id": "a/b"}, "--hub_model_id is of a student that is uploade"),
+    "a token without a push": (lambda: {"hub_token": "hf_x"}, "--hub_token is of a student that is uploaded: give"),
+    "private without a push": (
+        lambda: {"config": write("private.yaml", "hub_private_repo: true")},
+        "--hub_private_repo is of a student that is uploaded: give --push_to_hub too",
+    ),
+    "a negative prompt without guidance": (
+        lambda: {"negative_prompt": "blurry", "teacher_guidance_scale": 1},
+        "--negative_prompt is half of classifier-free guidance, by which neither",
+    ),
+    "a negative prompt and an embedded scale": (
+        lambda: {"negative_prompt": "blurry", "pretrained_model_name_or_path": saved_teacher("flux")},
+        "--negative_prompt is half of classifier-free guidance, by which neither",
+    ),
+    "a rescale without guidance": (
+        lambda: {"guidance_rescale": 0.5, "teacher_guidance_scale": 1},
+        "--guidance_rescale is of guidance, which is off",
+    ),
+    "a mode without guidance": (
+        lambda: {"guidance_mode": "cfg", "teacher_guidance_scale": 1},
+        "--guidance_mode is of guidance, which is off where its scales are 1",
+    ),
+    "a mode of an unguided fake score": (
+        lambda: {"fake_guidance_mode": "cfg", "fake_guidance_scale": 1, "fake_train_guidance_scale": 1},
+        "--fake_guidance_mode is of guidance, which is off",
+    ),
     "token and wandb": (
-        lambda: {"report_to": "wandb", "hub_token": "hf_x"},
+        lambda: {"report_to": "wandb", "hub_token": "hf_x", "config": write("push.yaml", "push_to_hub: true")},
         "--hub_token could be stored with the run by wandb",
     ),
     "no checkpoint": (
@@ -453,7 +504,15 @@ def test_help_reads_well(capsys):
         train_sid_dit.main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for part in ("teacher:", "prompts:", "method (", "optimization (", "output:", "(default: 1e-06)", "(default: 0.9"):
+    for part in (
+        "teacher:",
+        "prompts:",
+        "method (",
+        "optimization (",
+        "output:",
+        "(default: 1e-06, of a LoRA 0.0001)",
+        "(default: 0.9",
+    ):
         assert part in text
     assert "None" not in text and max(map(len, text.splitlines())) <= 119
 
@@ -471,6 +530,35 @@ def test_config_file_and_command_line():
     args = train_sid_dit.parse_args([*common, "--config", str(lists), "--max_sequence_length=7"])
     assert args.validation_prompts == ["a red circle", "a: b"] and args.seed == 0
     assert args.pipeline_kwargs == {"clip_skip": 1, "max_sequence_length": 7}
+
+
+def test_what_a_file_gives_can_be_overruled():
+    """An argument of a file that one on the command line leaves without effect is no contradiction, as a recipe's size
+    beside buckets; within the file it is."""
+    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}"]
+    recipe = write("recipe.yaml", "resolution: 512\nguidance_rescale: 0.5\nvalidation_images: 100\n")
+    with pytest.raises(UserError, match="--validation_images is of sample sheets"):
+        train_sid_dit.parse_args([*common, f"--config={recipe}"])
+    recipe = write("recipe.yaml", "resolution: 512\nguidance_rescale: 0.5\n")
+    overruled = ["--aspect_ratio_buckets=32,32;32,48", "--teacher_guidance_scale=1", "--report_to", "none"]
+    args = train_sid_dit.parse_args([*common, f"--config={recipe}", *overruled])
+    assert (args.height, args.width) == (32, 32) and args.report_to == ["none"]
+
+
+@pytest.mark.parametrize(
+    "words, rates",
+    [
+        (["--networks=lora"], (1e-4, 1e-4)),
+        (["--networks=lora", "--learning_rate=5e-4"], (5e-4, 5e-4)),
+        (["--networks=lora", "--fake_score_learning_rate=5e-4"], (1e-4, 5e-4)),
+        (["--networks=lora_fake"], (1e-6, 1e-4)),
+        (["--networks=lora_fake", "--learning_rate=2e-6"], (2e-6, 1e-4)),
+        (["--learning_rate=2e-6"], (2e-6, 2e-6)),
+    ],
+)
+def test_loras_have_a_learning_rate_of_their_own(words, rates):
+    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=x", "--prompt_file=x", *words])
+    assert (args.learning_rate, args.fake_score_learning_rate) == rates and LORA_LEARNING_RATE == 1e-4
 
 
 def test_defaults_are_the_papers():

@@ -25,6 +25,29 @@ from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 
 
+IGNORED = (  # as of `ArgumentParser.refuse`
+    (
+        "resolution",
+        lambda args: args.height and args.width,
+        "is height and width of square images: leave it out where --height and --width are given.",
+    ),
+    (
+        "revision",
+        lambda args: Path(args.pretrained_model_name_or_path or "nowhere").is_dir(),
+        "is of a repository on the Hub, and the pipeline is a folder: leave it out.",
+    ),
+    *(
+        (name, lambda args, name=name: name in args.pipeline_kwargs, "is in --pipeline_kwargs too: give it once.")
+        for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    ),
+    (
+        "resolution",
+        lambda args: {"height", "width"} <= args.pipeline_kwargs.keys(),
+        "is in --pipeline_kwargs too, as height and width: give it once.",
+    ),
+)
+
+
 def parse_args(input_args=None):
     parser = ArgumentParser(prog="generate.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -42,6 +65,7 @@ def parse_args(input_args=None):
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; a student's own, else float32")
     add_device_argument(add)
     add("--output_dir", default="samples", metavar="DIR", help="gets 00000.png, ..., grid.png and metadata.jsonl")
+    parser.refuse(*IGNORED)
     args = parser.parse_args(input_args)
 
     if not args.pretrained_model_name_or_path:

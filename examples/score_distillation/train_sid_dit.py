@@ -83,10 +83,13 @@ def train(run, stopped) -> bool:
     from hf_flowdistill.training.distributed import all_ranks_agree
     from hf_flowdistill.training.monitors import average_metrics
     from hf_flowdistill.training.optimizers import apply_update
-    from hf_flowdistill.training.record import Record, draw_sheets
+    from hf_flowdistill.training.record import Record
+    from hf_flowdistill.training.sheets import Sheets
 
     args, state, networks, accumulation = run.args, run.state, run.networks, run.args.gradient_accumulation_steps
-    record = Record(run)
+    record, sheets = Record(run), Sheets(run)
+    if args.validation_prompts and state["step"] == 0:
+        sheets.draw()
     while state["images_seen"] < args.max_train_images:
         record.begin()
         run.texts.follow(state["images_seen"])  # the images that come next, where there are images
@@ -129,7 +132,7 @@ def train(run, stopped) -> bool:
             logger.info(f"told to stop: {written} is written, go on with --resume_from_checkpoint latest")
             return False
         if args.validation_prompts and run.is_due(args.validation_images):
-            draw_sheets(run)
+            sheets.draw()
     record.close()
     return True
 

@@ -20,6 +20,8 @@ import yaml
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else every process tells of a kernel for CPUs, on import
+
 COMMANDS = {  # a module of commands/, imported when it is called, since torch and diffusers take seconds
     "inspect": "Print how a pipeline talks to its transformer, or why it cannot be a teacher.",
     "plan": "Tell which ways of training a pipeline fit on given GPUs, and how to run them.",
@@ -103,10 +105,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._ignored: list[tuple[str, Callable, str]] = []
         self.add_argument("--config", metavar="FILE.yaml", help="more arguments, one 'name: value' per line")
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help).")
+
+    def refuse(self, *rules: tuple[str, Callable, str]) -> None:
+        """Refuse arguments that are given where they would be ignored.
+
+        A rule has their names, divided by spaces, what says so of the parsed arguments, and the end of "--name ...".
+        A config file may be overruled on the command line: its arguments are held against that file alone.
+        """
+        self._ignored += [(name, when, reason) for names, when, reason in rules for name in names.split()]
+
+    def _check_ignored(self, words: list[str], parsed) -> None:
+        """Raise `UserError` if one of `words` gives an argument that `parsed` would ignore."""
+        nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
+        given = vars(super().parse_args(words, nothing))
+        for name, when, reason in self._ignored:
+            if given[name] is not None and when(parsed):
+                raise UserError(f"--{name} {reason}")
 
     def parse_args(self, args=None, namespace=None, before=()):
         """Parse `args` (default: those of the process) after the arguments of the file that `--config` names, these
@@ -117,7 +136,8 @@ class ArgumentParser(argparse.ArgumentParser):
         finder.add_argument("--config")
         path = finder.parse_known_args(args)[0].config
         # the file's name again, since what stands behind a list would be taken for one more of its entries
-        given = [] if path is None else [*self.words_of(path), f"--config={path}"]
+        file = [] if path is None else self.words_of(path)
+        given = [] if path is None else [*file, f"--config={path}"]
         parsed = super().parse_args([*before, *given, *args], namespace)
         for action in self._actions:
             if isinstance(action.type, Bounded):
@@ -125,6 +145,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 for number in value if isinstance(value, list) else [value]:
                     if number is not None and not action.type.holds(number):
                         raise UserError(f"--{action.dest} is {number}: it must be {action.type.allowed}.")
+        if self._ignored:
+            self._check_ignored(file, super().parse_args(file))
+            self._check_ignored(args, parsed)
         return parsed
 
     def words_of(self, path, leave_out=()) -> list[str]:
@@ -188,7 +211,6 @@ def silence_libraries() -> None:
     import transformers  # both here, since they take seconds that not every command has to wait
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of errors that are told
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # of kernels that it does without
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hf_flowdistill.data.saved_datasets import is_saved, read_saved
 from hf_flowdistill.errors import UserError, first_line
 
 
@@ -48,7 +49,8 @@ def read_prompts(path, caption_column: str = CAPTION_COLUMN) -> list[str]:
 def read_dataset(name: str, config: str | None = None, caption_column: str = CAPTION_COLUMN) -> list[str]:
     """The prompts of the "train" split of a dataset, from a folder or from the Hub, as `read_prompts` gives them.
 
-    It is streamed: nothing but the captions is kept, and images beside them are not decoded.
+    It is streamed, or read from where `save_to_disk` put it: nothing but the captions is kept, and images beside them
+    are not decoded.
 
     Raises:
         UserError: if the dataset cannot be read, has no such column, or holds no prompt.
@@ -77,15 +79,18 @@ def open_captions(name: str, config: str | None, caption_column: str):
         from datasets import load_dataset_builder
     except ImportError:
         raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
-    builder = load_dataset_builder(name, config)
-    rows = builder.as_streaming_dataset(split="train")
-    if rows.column_names:  # not known of every format before the first row
-        _check_column(f"the dataset {name}", rows.column_names, caption_column)
-        if hasattr(builder.config, "columns"):
-            builder.config.columns = [caption_column]
-            rows = builder.as_streaming_dataset(split="train")
-        rows = rows.select_columns([caption_column])
-    return rows
+    builder = None if is_saved(name) else load_dataset_builder(name, config)
+    if builder is None:
+        rows = read_saved(name, config, "train").to_iterable_dataset()
+    else:
+        rows = builder.as_streaming_dataset(split="train")
+    if not rows.column_names:  # not known of every format before the first row
+        return rows
+    _check_column(f"the dataset {name}", rows.column_names, caption_column)
+    if hasattr(getattr(builder, "config", None), "columns"):
+        builder.config.columns = [caption_column]
+        rows = builder.as_streaming_dataset(split="train")
+    return rows.select_columns([caption_column])
 
 
 def _text_rows(lines: Iterable[str]) -> Iterator[dict]:

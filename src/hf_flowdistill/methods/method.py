@@ -108,7 +108,8 @@ class Method:
     Attributes:
         trains: the names of the networks that it trains, of "generator" and "fake_score".
         takes_images: its prompts are the captions of images, `Samples.pairs`.
-        progress: formats of what the progress bar shows; a piece is left out where the record lacks one of its names.
+        progress: formats of what the progress bar shows, the most telling first: one is left out where the record
+            lacks one of its names, or the bar the room.
     """
 
     trains: tuple[str, ...] = ("generator", "fake_score")
@@ -130,6 +131,11 @@ class Method:
     def used(self) -> dict:
         """Arguments as they are used, where that is not as they were given."""
         return {}
+
+    @property
+    def guidance(self) -> dict:
+        """How the teacher is guided where it is sampled to be looked at: arguments of `Contract.guided_velocity`."""
+        return {"scale": 1.0}
 
     def sampler(self, images_seen: int) -> Sampler:
         """The student's, in the update after `images_seen` images; see `Run.sampler` for the one that is published."""

@@ -10,6 +10,9 @@ from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 LORA_LEARNING_RATE = 1e-4  # of adapters; the paper's are of whole networks
 
 
+LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA scripts train at; of the shapes teacher's LoRAs see docs/memory.md
+
+
 def add_network_arguments(parser) -> None:
     """Arguments of which networks there are, and of what is trained of them."""
     add = parser.add_argument_group("networks").add_argument

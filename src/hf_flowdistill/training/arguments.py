@@ -22,20 +22,25 @@ from hf_flowdistill.cli import (
     image_sizes,
 )
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
 from hf_flowdistill.networks.names import ROLES
 from hf_flowdistill.teachers.names import GUIDANCE_SCALES
 from hf_flowdistill.training.folders import read_run
 from hf_flowdistill.training.fsdp_config import take_fsdp_config
+from hf_flowdistill.training.ignored import OUTPUT, TEACHER
 from hf_flowdistill.training.names import LR_SCHEDULES, ROUNDINGS, SHARDINGS, TRACKERS
+from hf_flowdistill.training.trackers import RUN_NAMES
 
+
+LEARNING_RATE = 1e-6  # of networks that are trained whole: the paper's, Table 4
 
 # What may change on resume, since it does not change what is computed. Batch and prompts are compared as a whole.
 FREE_ON_RESUME = """config output_dir cache_dir prompt_file dataset_name dataset_config_name caption_column
 conditioning_cache_dir resume_from_checkpoint max_train_images train_batch_size gradient_accumulation_steps
 gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_total_limit validation_prompts
-validation_images num_validation_images report_to logging_dir tracker_project_name push_to_hub hub_model_id hub_token
-hub_private_repo resolution dry_run images_per_second image_cache_dir streaming fit device_memory
-images_per_update""".split()
+validation_images num_validation_images report_to logging_dir tracker_project_name tracker_run_name push_to_hub
+hub_model_id hub_token hub_private_repo resolution dry_run images_per_second image_cache_dir streaming
+fit device_memory images_per_update""".split()
 FITS = ("auto", "lora", "none")
 IMAGES_PER_UPDATE = 256  # the paper's
 RESOLUTION = 1024  # of a teacher whose configuration tells none
@@ -54,6 +59,7 @@ def add_teacher_arguments(parser) -> None:
         help="several sizes instead of --resolution, one for each update; the first is the student's default",
     )
     add("--max_sequence_length", type=int, metavar="TOKENS", help="length of the text, if the pipeline has a choice")
+    parser.refuse(*TEACHER)
 
 
 def add_optimization_arguments(parser) -> None:
@@ -74,8 +80,19 @@ def add_optimization_arguments(parser) -> None:
         metavar="N",
         help="micro-batches per update; by default as many as make --images_per_update",
     )
-    add("--learning_rate", type=POSITIVE, default=1e-6, metavar="X", help="of the generator")
-    add("--fake_score_learning_rate", type=POSITIVE, metavar="X", help="of the fake score; as the generator's")
+    add(
+        "--learning_rate",
+        type=POSITIVE,
+        metavar="X",
+        help=f"of the generator (default: {LEARNING_RATE}, of a LoRA {LORA_LEARNING_RATE})",
+    )
+    add(
+        "--fake_score_learning_rate",
+        type=POSITIVE,
+        metavar="X",
+        help="of the fake score; as the generator's, but of a LoRA beside a generator that is trained whole "
+        f"{LORA_LEARNING_RATE}",
+    )
     add("--lr_scheduler", choices=LR_SCHEDULES, default="constant", help="of both; cosine and linear end at 0")
     add("--lr_warmup_images", type=NATURAL, default=0, metavar="IMAGES", help="linear warm-up")
     add("--adam_beta1", type=DECAY, default=0.0, metavar="X", help="decay of the mean gradient")
@@ -150,15 +167,22 @@ def add_output_arguments(parser, name: str) -> None:
     add("--validation_prompts", nargs="+", default=[], metavar="TEXT", help="prompts of the sample sheets")
     add("--validation_images", type=COUNT, default=25_000, metavar="IMAGES", help="interval of sample sheets")
     add("--num_validation_images", type=COUNT, default=4, metavar="N", help="samples per validation prompt")
-    add("--report_to", default="tensorboard", metavar="NAME", help="tensorboard, wandb, comet_ml, ..., all or none")
-    add("--logging_dir", default="logs", metavar="DIR", help="of the tracker, inside --output_dir")
-    add("--tracker_project_name", default=name, metavar="NAME", help="name of the tracker's project")
+    add(
+        "--report_to",
+        nargs="+",
+        metavar="NAME",
+        help="trackers: tensorboard, wandb, comet_ml, ..., all or none (default: tensorboard)",
+    )
+    add("--logging_dir", default="logs", metavar="DIR", help="of the trackers, inside --output_dir")
+    add("--tracker_project_name", default=name, metavar="NAME", help="name of the trackers' project")
+    add("--tracker_run_name", metavar="NAME", help=f"of the run, in {', '.join(RUN_NAMES)}; as the folder")
     add("--push_to_hub", action="store_true", help="upload the student at the end")
     add("--hub_model_id", metavar="ID", help="repository to upload to; by default named after --output_dir")
     add(
         "--hub_token", metavar="TOKEN", help="token to upload with; `hf auth login` or HF_TOKEN keep it off the screen"
     )
     add("--hub_private_repo", action="store_true", help="create the repository as private")
+    parser.refuse(*OUTPUT)
 
 
 def add_plan_arguments(parser) -> None:
@@ -222,8 +246,10 @@ def check_optimization_arguments(args) -> None:
     take_fsdp_config(args)
     if args.gradient_checkpointing == []:
         args.gradient_checkpointing = list(ROLES)
+    if args.learning_rate is None:
+        args.learning_rate = LORA_LEARNING_RATE if args.networks == "lora" else LEARNING_RATE
     if args.fake_score_learning_rate is None:
-        args.fake_score_learning_rate = args.learning_rate
+        args.fake_score_learning_rate = LORA_LEARNING_RATE if args.networks == "lora_fake" else args.learning_rate
     rounds = args.weight_dtype == "bfloat16" and args.networks != "lora"
     if args.bf16_rounding is not None and not rounds:
         raise UserError(
@@ -283,12 +309,18 @@ def check_output_arguments(args) -> None:
         raise UserError("--images_per_second tells the time of a --dry_run: give both or neither.")
     check_output_dir(args.output_dir)
     read_run(args.output_dir, resume=args.resume_from_checkpoint is not None)
-    if args.report_to not in ("none", "tensorboard") and args.hub_token:
-        raise UserError(f"--hub_token could be stored with the run by {args.report_to}: use `hf auth login` instead.")
+    args.report_to = args.report_to or ["tensorboard"]
+    args.tracker_run_name = args.tracker_run_name or Path(args.output_dir).resolve().name
+    if len(args.report_to) > 1 and "none" in args.report_to:
+        raise UserError("--report_to has none beside others: leave out none, or the others.")
+    others = [name for name in args.report_to if name not in ("none", "tensorboard")]
+    if others and args.hub_token:
+        raise UserError(f"--hub_token could be stored with the run by {others[0]}: use `hf auth login` instead.")
     installed = [name for name, modules in TRACKERS.items() if any(map(importlib.util.find_spec, modules))]
     trackers = ["all", "none", *installed]
-    if args.report_to not in trackers:
-        raise UserError(f"--report_to {args.report_to} is not installed here: choose one of {', '.join(trackers)}.")
+    for name in args.report_to:
+        if name not in trackers:
+            raise UserError(f"--report_to {name} is not installed here: choose of {', '.join(trackers)}.")
     if args.push_to_hub:
         from hf_flowdistill.hub.push import check_push
 

@@ -4,6 +4,7 @@
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,9 +39,13 @@ def start_processes() -> PartialState:
     # the others wait while the main process writes a checkpoint, which can take longer than the default allows
     group = InitProcessGroupKwargs(process_group_backend(), timeout=timedelta(hours=2))
     state = PartialState(cpu=not torch.accelerator.is_available(), **group.to_kwargs())
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log = logging.StreamHandler()
+    log.addFilter(PlainLines(alone=state.num_processes == 1))
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[log])
     level = logging.INFO if state.is_main_process else logging.ERROR
     logging.getLogger("hf_flowdistill").setLevel(level)
+    if not state.is_main_process:
+        warnings.simplefilter("ignore")  # which the main process has too
     silence_libraries()
     check_world_size(state.num_processes)
     return state
@@ -58,7 +63,7 @@ def launch(args) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if args.report_to == ["none"] else args.report_to,
         # sharded weights are gathered anew for every pass; their autocast copies must not outlive them
         kwargs_handlers=[AutocastKwargs(cache_enabled=args.sharding == "none")],
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
@@ -69,6 +74,20 @@ def launch(args) -> Accelerator:
         )
     check_accelerator(accelerator)
     return accelerator
+
+
+class PlainLines(logging.Filter):
+    """Says nothing twice, and, where a process is `alone`, which it is not, as Accelerate does."""
+
+    def __init__(self, *, alone: bool):
+        super().__init__()
+        self._prefix, self._said = "[RANK 0] " if alone else "", set()
+
+    def filter(self, record) -> bool:
+        record.msg, record.args = record.getMessage().removeprefix(self._prefix), None
+        new = record.msg not in self._said
+        self._said.add(record.msg)
+        return new
 
 
 @dataclass
@@ -144,3 +163,5 @@ def find_checkpoint(args, accelerator, identity: Identity) -> None:
     if identity.checkpoint is not None:
         identity.recorded.append(read_state(identity.checkpoint)["settings"])
         identity.check()
+    elif args.resume_from_checkpoint is not None:
+        logger.info(f"there is no checkpoint in {args.output_dir} yet: the run starts from the beginning")

@@ -42,7 +42,7 @@ from hf_flowdistill.training.initial_weights import load_weights
 from hf_flowdistill.training.launch import Identity, find_checkpoint
 from hf_flowdistill.training.optimizers import build_optimizer, learning_rate_factor
 from hf_flowdistill.training.teacher import Teacher, load_teacher
-from hf_flowdistill.training.texts import Texts, open_pairs, open_prompt_parts
+from hf_flowdistill.training.texts import Texts, open_images, open_pairs, open_prompt_parts
 
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     find_checkpoint(args, accelerator, identity)
     checkpoint = identity.checkpoint
     resumed = read_state(checkpoint) if checkpoint else {}
+    dataset = open_images(args) if method.takes_images else None
     teacher = load_teacher(args, accelerator.device)
     roles, transformer = role_settings(args), teacher.pipeline.transformer
     with teacher.on_device():
@@ -161,7 +162,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     teacher = in_precision(teacher, transformer, accelerator)
     logger.info(f"the teacher's contract:\n{teacher.contracts[0].describe()}")
 
-    pairs = open_pairs(args, accelerator, teacher, resumed.get("images")) if method.takes_images else None
+    pairs = open_pairs(args, accelerator, teacher, dataset, resumed.get("images")) if method.takes_images else None
     identity.check(**({} if pairs is None else {"dataset": pairs.identity}))
     if accelerator.is_main_process:  # before anything else is written there
         write_run(args.output_dir, identity.settings)
@@ -183,7 +184,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         state |= checkpointing.load_checkpoint(checkpoint, **run.saved) | {"settings": identity.settings}
         state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
-        logger.info(f"going on from {checkpoint}")
+        logger.info(f"going on from {checkpoint}, {state['images_seen']} of {args.max_train_images} images")
     state |= {"used": method.used | used_roles(args), "hardware": monitors.add_hardware(state, accelerator)}
     logger.info(
         f"{texts.prompts.count} prompts ({len(texts.prompts.distinct)} distinct), {run.images_per_update} images "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings, prompt_parts_dir
 from hf_flowdistill.data.cache import cached_conditioning
-from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.image_dataset import ImageDataset, open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.keys import component_digests, encoder_key
 from hf_flowdistill.data.prompt_parts import PromptParts
@@ -103,18 +103,22 @@ class Texts:
             with self._teacher.on_device():
                 return encode(pipeline, contract, texts)
 
-        texts = self.prompts.distinct
-        conditional = cached(texts, encode, watched=functools.partial(watched_tokenizers, pipeline))
+        texts, watched = self.prompts.distinct, functools.partial(watched_tokenizers, pipeline)
+        conditional = cached(texts, encode, watched=watched)
         # apart, so that changing them on resume cannot touch the last digit of the others
-        validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
+        validation = cached(args.validation_prompts, encode, watched=watched) if args.validation_prompts else None
         unconditional = cached(
             [args.negative_prompt],
             lambda texts: encode(*texts, encode=encode_unconditional),
             role="negative prompt",
         )
-        logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
-        if losses := conditional.losses(texts):
-            logger.warning(losses)
+        logger.info(f"{conditional.origin()}; {conditional[0].nbytes:,} bytes each")
+        for rows, of, kind in (
+            (conditional, texts, "prompts"),
+            (validation, args.validation_prompts, "validation prompts"),
+        ):
+            if rows is not None and (losses := rows.losses(of, kind)):
+                logger.warning(losses)
         return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
 
     def _key(self, contract) -> dict:
@@ -143,13 +147,23 @@ def open_prompt_parts(args, accelerator) -> PromptParts | None:
     )
 
 
-def open_pairs(args, accelerator, teacher: Teacher, state: dict | None) -> ImagePairs:
-    """The text-image pairs that the arguments name; `state` is that of a checkpoint, or None.
+def open_images(args) -> ImageDataset:
+    """The text-image set that the arguments name, of which some pair can be used.
 
     Raises:
-        UserError: the dataset cannot be read, or the teacher's VAE cannot encode.
+        UserError: the dataset cannot be read, or has no images and captions in these columns.
     """
     dataset = open_dataset(args.dataset_name, **dataset_settings(args))
+    dataset.check()
+    return dataset
+
+
+def open_pairs(args, accelerator, teacher: Teacher, dataset: ImageDataset, state: dict | None) -> ImagePairs:
+    """The text-image pairs of `dataset`; `state` is that of a checkpoint, or None.
+
+    Raises:
+        UserError: the teacher's VAE cannot encode.
+    """
     with teacher.on_device():
         encoder = learn_image_encoder(teacher.pipeline, teacher.contracts[0])
     return ImagePairs(
