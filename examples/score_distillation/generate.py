@@ -15,14 +15,13 @@ from hf_flowdistill.cli import (
     COUNT,
     ArgumentParser,
     add_call_arguments,
-    add_device_argument,
     add_origin_arguments,
-    check_device,
     check_model,
     silence_libraries,
 )
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
 
 
 IGNORED = (  # as of `ArgumentParser.refuse`

@@ -32,8 +32,8 @@ from hf_flowdistill.training.arguments import (
     check_optimization_arguments,
     check_output_arguments,
     check_teacher_arguments,
-    images_of_update,
 )
+from hf_flowdistill.training.fit_arguments import images_of_update
 from hf_flowdistill.training.recipes import add_recipe_argument, parse_with_recipe
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import yaml
 
-from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
+from hf_flowdistill.errors import UserError, exit_on_user_error
 
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else every process tells of a kernel for CPUs, on import
@@ -252,28 +252,6 @@ def add_call_arguments(add) -> None:
     add(
         "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
     )
-
-
-def add_device_argument(add) -> None:
-    """--device, for `check_device`."""
-    add("--device", metavar="NAME", help="where to run; by default cuda where there is one, else cpu")
-
-
-def check_device(name: str | None) -> str:
-    """The device of --device that can be used, where torch is imported anyway.
-
-    Raises:
-        UserError: it cannot.
-    """
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
-    return name
 
 
 def fill_in(args, defaults: dict, *, wanted: bool, otherwise: str) -> None:

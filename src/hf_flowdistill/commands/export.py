@@ -11,8 +11,6 @@ from pathlib import Path
 from hf_flowdistill.cli import (
     COUNT,
     ArgumentParser,
-    add_device_argument,
-    check_device,
     check_model,
     json_object,
     silence_libraries,
@@ -22,6 +20,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.names import NOISE_TYPES
 from hf_flowdistill.hub.settings import check_export_dir
 from hf_flowdistill.hub.teacher_card import check_repo, check_shared_components
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
 from hf_flowdistill.training.folders import find_checkpoint, read_state
 
 

@@ -5,12 +5,11 @@
 from hf_flowdistill.cli import (
     ArgumentParser,
     add_call_arguments,
-    add_device_argument,
     add_origin_arguments,
-    check_device,
     check_model,
     silence_libraries,
 )
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
 
 
 def main(input_args):

@@ -3,7 +3,7 @@
 """Arguments of which networks a training has."""
 
 from hf_flowdistill.cli import COUNT, POSITIVE, check_installed
-from hf_flowdistill.errors import UserError
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 
 
@@ -56,3 +56,25 @@ def check_network_arguments(args) -> None:
         )
     if args.networks != "full" and args.rank is None:
         args.rank = RANK
+
+
+def add_device_argument(add) -> None:
+    """--device, for `check_device`."""
+    add("--device", metavar="NAME", help="where to run; by default cuda where there is one, else cpu")
+
+
+def check_device(name: str | None) -> str:
+    """The device of --device that can be used, where torch is imported anyway.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return name

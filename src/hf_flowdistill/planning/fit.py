@@ -24,8 +24,9 @@ from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
 from hf_flowdistill.networks.roles import ROLES, RoleSettings, role_settings
 from hf_flowdistill.planning.cases import Case, Precision, Stage
 from hf_flowdistill.planning.choices import CHECKPOINTING, SHARE
-from hf_flowdistill.training.arguments import IMAGES_PER_UPDATE, image_sizes_of, origin_of, settle
+from hf_flowdistill.training.arguments import image_sizes_of, origin_of
 from hf_flowdistill.training.distributed import on_main, together
+from hf_flowdistill.training.fit_arguments import IMAGES_PER_UPDATE, settle
 from hf_flowdistill.training.names import ROUNDINGS
 from hf_flowdistill.training.sharding import count_shards
 
@@ -72,8 +73,14 @@ def fit(candidates: Sequence[Namespace], words: Sequence[str], *, processes: int
         if refusal is not None:
             raise UserError(refusal)
         args = found
+    wanted = args.images_per_update
     settle(args, processes)
-    return args, [*lines, *_rounded(args, processes)]
+    if wanted not in (None, args.images_per_update):
+        lines.append(
+            f"{args.images_per_update} images per update instead of {wanted}: {processes} processes x "
+            f"{args.gradient_accumulation_steps} micro-batches x {args.train_batch_size} images are the nearest"
+        )
+    return args, lines
 
 
 def free_memory(args, device) -> float | None:
@@ -253,15 +260,3 @@ def _refusal(adapted: Sequence[Way], words: Sequence[str], processes: int, memor
         f"whole networks do not fit into {room}: choose LoRAs, by --fit lora or one of these commands, or take more "
         "accelerators.\n  " + "\n  ".join(rows)
     )
-
-
-def _rounded(args, processes: int) -> list[str]:
-    """A line, if the images per update are not those that were asked for."""
-    accumulation, size = args.gradient_accumulation_steps, args.train_batch_size
-    made = processes * accumulation * size
-    if args.images_per_update in (None, made):
-        return []
-    return [
-        f"{made} images per update instead of {args.images_per_update}: {processes} processes x {accumulation} "
-        f"micro-batches x {size} images are the nearest"
-    ]

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import math
-from argparse import Namespace
 from pathlib import Path
 
 from hf_flowdistill.cli import (
@@ -23,12 +22,11 @@ from hf_flowdistill.cli import (
 )
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
-from hf_flowdistill.networks.names import ROLES
 from hf_flowdistill.teachers.names import GUIDANCE_SCALES
+from hf_flowdistill.training.fit_arguments import add_fit_arguments, check_fit_arguments
 from hf_flowdistill.training.folders import read_run
-from hf_flowdistill.training.fsdp_config import take_fsdp_config
 from hf_flowdistill.training.ignored import OUTPUT, TEACHER
-from hf_flowdistill.training.names import LR_SCHEDULES, ROUNDINGS, SHARDINGS, TRACKERS
+from hf_flowdistill.training.names import LR_SCHEDULES, ROUNDINGS, TRACKERS
 from hf_flowdistill.training.trackers import RUN_NAMES
 
 
@@ -41,8 +39,6 @@ gradient_checkpointing sharding cpu_offload checkpointing_images checkpoints_tot
 validation_images num_validation_images report_to logging_dir tracker_project_name tracker_run_name push_to_hub
 hub_model_id hub_token hub_private_repo resolution dry_run images_per_second image_cache_dir streaming
 fit device_memory images_per_update""".split()
-FITS = ("auto", "lora", "none")
-IMAGES_PER_UPDATE = 256  # the paper's
 RESOLUTION = 1024  # of a teacher whose configuration tells none
 
 
@@ -67,19 +63,6 @@ def add_optimization_arguments(parser) -> None:
         "optimization (defaults: the paper's for SD3; the average is SiD-LSG's)"
     ).add_argument
     add("--max_train_images", type=COUNT, default=1_000_000, metavar="IMAGES", help="length of the training")
-    add("--images_per_update", type=COUNT, metavar="IMAGES", help="of all processes together; 256 by default")
-    add(
-        "--train_batch_size",
-        type=COUNT,
-        metavar="IMAGES",
-        help="per process and micro-batch; by default what fits (--fit), 2 where nothing is known",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=COUNT,
-        metavar="N",
-        help="micro-batches per update; by default as many as make --images_per_update",
-    )
     add(
         "--learning_rate",
         type=POSITIVE,
@@ -115,40 +98,7 @@ def add_optimization_arguments(parser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add(
-        "--gradient_checkpointing",
-        nargs="*",
-        choices=ROLES,
-        metavar="NETWORK",
-        help=f"less memory, more time, in these networks: {', '.join(ROLES)}; without names in all three; by default "
-        "where it is needed (--fit)",
-    )
-    add(
-        "--sharding",
-        choices=SHARDINGS,
-        help="none: every process holds the networks whole; full: in shards over all processes (FSDP2); hybrid: over "
-        "those of one machine; by default what is needed (--fit)",
-    )
-    add(
-        "--cpu_offload",
-        action="store_true",
-        default=None,
-        help="sharded: generator, fake score and Adam wait in main memory; by default where it is needed (--fit)",
-    )
-    add(
-        "--fit",
-        choices=FITS,
-        default="auto",
-        help="auto: choose sharding, offloading, checkpointing and micro-batch, where they are not given, and the "
-        "recipe's precision, for the memory that is free; lora: LoRAs too, where whole networks do not fit; none: "
-        "shard, offload and checkpoint nothing that is not asked for",
-    )
-    add(
-        "--device_memory",
-        type=POSITIVE,
-        metavar="GB",
-        help="of each accelerator, for --fit; by default what is free on the one that has least",
-    )
+    add_fit_arguments(parser)
 
 
 def add_output_arguments(parser, name: str) -> None:
@@ -243,9 +193,7 @@ def check_optimization_arguments(args) -> None:
     Raises:
         UserError: for arguments that are sane by themselves but not together, or need what is not installed.
     """
-    take_fsdp_config(args)
-    if args.gradient_checkpointing == []:
-        args.gradient_checkpointing = list(ROLES)
+    check_fit_arguments(args)
     if args.learning_rate is None:
         args.learning_rate = LORA_LEARNING_RATE if args.networks == "lora" else LEARNING_RATE
     if args.fake_score_learning_rate is None:
@@ -259,44 +207,6 @@ def check_optimization_arguments(args) -> None:
     if rounds and args.bf16_rounding is None:
         args.bf16_rounding = ROUNDINGS[0]
     check_installed("bitsandbytes", "--use_8bit_adam", args.use_8bit_adam)
-    if args.cpu_offload and (args.sharding or ("none" if args.fit == "none" else "full")) == "none":
-        raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
-    if args.cpu_offload and args.networks == "lora":
-        raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
-    if (args.sharding or "none") != "none" and (args.use_8bit_adam or args.base_quantization != "none"):
-        raise UserError(
-            "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
-        )
-
-
-def settle(args, processes: int) -> None:
-    """Give what is left open its default, in place, once the number of processes is known: nothing is sharded,
-    offloaded or checkpointed, and the micro-batches make the images per update, or the nearest number to them that
-    `processes` can make.
-
-    Raises:
-        UserError: all three numbers are given, and do not go together.
-    """
-    args.sharding, args.cpu_offload = args.sharding or "none", bool(args.cpu_offload)
-    args.gradient_checkpointing = args.gradient_checkpointing or False
-    wanted, batch_size, accumulation = args.images_per_update, args.train_batch_size, args.gradient_accumulation_steps
-    if wanted and batch_size and accumulation and wanted != batch_size * accumulation * processes:
-        raise UserError(
-            f"--images_per_update is {wanted}, but {processes} processes x {accumulation} micro-batches x "
-            f"{batch_size} images are another number: leave out one of the three."
-        )
-    share = max(1, round((wanted or IMAGES_PER_UPDATE) / processes))  # of one process
-    if batch_size is None:
-        batch_size = max(1, round(share / accumulation)) if accumulation else 2 - share % 2
-    args.train_batch_size = batch_size
-    args.gradient_accumulation_steps = accumulation or max(1, round(share / batch_size))
-
-
-def images_of_update(args, processes: int) -> int:
-    """How many images an update of `processes` has, whatever micro-batches they come in."""
-    args = Namespace(**vars(args))
-    settle(args, processes)
-    return processes * args.gradient_accumulation_steps * args.train_batch_size
 
 
 def check_output_arguments(args) -> None:

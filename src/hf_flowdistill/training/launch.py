@@ -20,6 +20,7 @@ from hf_flowdistill.methods.phases import not_reached
 from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.arguments import origin_of, run_settings
 from hf_flowdistill.training.distributed import check_accelerator, check_world_size
+from hf_flowdistill.training.fit_arguments import settle
 from hf_flowdistill.training.folders import read_run, read_state
 from hf_flowdistill.training.fsdp_config import USED as FSDP
 from hf_flowdistill.training.fsdp_config import not_honoured
@@ -52,11 +53,12 @@ def start_processes() -> PartialState:
 
 
 def launch(args) -> Accelerator:
-    """What places the networks and logs, on the processes that `start_processes` has started.
+    """What places the networks and logs, on the processes of this training; what no fit has chosen has its default.
 
     Raises:
         UserError: this launch would not compute rightly.
     """
+    settle(args, start_processes().num_processes)
     for line in not_honoured():
         logger.warning(line)
     os.environ.pop(FSDP, None)  # the script shards by itself, as the arguments now say

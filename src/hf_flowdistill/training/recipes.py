@@ -195,6 +195,8 @@ def _words(parser, path: Path, given: Namespace) -> list[str]:
     for names, others in LEFT_OUT.items():
         if any(getattr(given, other) is not None for other in others):
             left_out.update(names)
+    if given.train_batch_size and given.gradient_accumulation_steps:
+        left_out.add("images_per_update")
     if asked_precision(given) is not None:
         left_out.update(*[names for names in LEFT_OUT if "weight_dtype" in names])
     return parser.words_of(path, leave_out=left_out)

@@ -15,7 +15,7 @@ from hf_flowdistill.data.files import unfinished_name
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.methods.method import Size
 from hf_flowdistill.teachers import decode
-from hf_flowdistill.teachers.decode import sampler_levels
+from hf_flowdistill.teachers.decoding import sampler_levels
 from hf_flowdistill.teachers.watch import CallFailed
 from hf_flowdistill.training import trackers
 from hf_flowdistill.training.contact_sheet import Block, contact_sheet
