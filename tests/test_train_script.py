@@ -431,7 +431,7 @@ def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "nowhere", "--prompt_file", "none.txt"],
+        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "a/b", "--prompt_file", "none.txt"],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
