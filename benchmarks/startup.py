@@ -158,7 +158,10 @@ def print_tables(found: dict, names: list[str]) -> None:
         lines = [["", f"CPU seconds, {before}", now, "ratio"]]
         for name, case in found["refusals"].items():
             seconds = [case[which]["cpu_seconds"] for which in (before, now)]
-            lines.append([name, f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"1/{seconds[0] / seconds[1]:.0f}"])
+            ratio = seconds[0] / seconds[1]
+            lines.append(
+                [name, *(f"{one:.2f}" for one in seconds), f"1/{ratio:.0f}" if ratio > 2 else f"1/{ratio:.1f}"]
+            )
         print(f"\n{format_cells(lines)}")
     for name, case in found.get("plans", {}).items():
         lines = [[f"plan of {name}", before, now]]
