@@ -167,7 +167,7 @@ def test_going_on_with_another_sampler_is_told(tmp_path, monkeypatch):
 def test_arguments_that_cannot_be_meant(arguments, refused):
     prompts = "--dataset_name=x" if "STUDENT" in arguments else f"--prompt_file={prompt_file()}"
     arguments = [argument.replace("STUDENT", "--student_model_name_or_path=x") for argument in arguments]
-    common = ["--pretrained_model_name_or_path=x", prompts, "--report_to=none"]
+    common = ["--pretrained_model_name_or_path=a/b", prompts, "--report_to=none"]
     with pytest.raises(UserError, match=refused):
         train_sid_dit.parse_args([*common, *arguments])
 

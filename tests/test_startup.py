@@ -25,7 +25,7 @@ SCRIPTS = sorted(
 )
 LIGHT = ("yaml",)  # what may be imported, beside Python's own modules and ours
 CLIENT = ("huggingface_hub.hf_api", "huggingface_hub.repocard")  # besides, by those of
-WITH_HUB = {"export", "card", "push", "verify", "demo.py", "table.py", "adversarial.py", "colours.py"}
+WITH_HUB = {"push", "verify"}
 TRAIN, DRAW = "score_distillation/train_sid_dit.py", "score_distillation/generate.py"
 TEACHER = "--pretrained_model_name_or_path=a/b"
 RUN = """

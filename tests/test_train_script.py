@@ -482,7 +482,7 @@ def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "nowhere", "--prompt_file", "none.txt"],
+        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "a/b", "--prompt_file", "none.txt"],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
@@ -522,7 +522,7 @@ def test_config_file_and_command_line():
     config = write("config.yaml", f"learning_rate: 3e-4\nalpha: 1.2\n{flags}")
     lists = "validation_prompts: [a red circle, 'a: b']\npipeline_kwargs: {clip_skip: 1}\nseed: null\n"
     lists = write("lists.yaml", lists)
-    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}", "--report_to=none"]
+    common = ["--pretrained_model_name_or_path=a/b", f"--prompt_file={prompt_file()}", "--report_to=none"]
     args = train_sid_dit.parse_args([*common, f"--config={config}", "--alpha=1.5", "--teacher_guidance_scale=2"])
     assert (args.learning_rate, args.fake_score_learning_rate, args.alpha) == (3e-4, 3e-4, 1.5)
     assert (args.fake_guidance_scale, args.fake_train_guidance_scale) == (2, 2)
@@ -563,7 +563,7 @@ def test_loras_have_a_learning_rate_of_their_own(words, rates):
 
 def test_defaults_are_the_papers():
     """SiD-DiT, Table 4, SiD-DiT with AMP; Eq. 15; Eq. 18."""
-    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=x", "--prompt_file=x", "--report_to=none"])
+    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=a/b", "--prompt_file=x", "--report_to=none"])
     assert (args.learning_rate, args.fake_score_learning_rate) == (1e-6, 1e-6)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0, 0.999, 1e-8, None)
     assert (args.num_steps, args.noise_type, args.alpha) == (4, "fresh", 1)

@@ -5,9 +5,6 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
 from hf_flowdistill.errors import UserError
 
 
@@ -18,6 +15,9 @@ def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
     """What the export wrote into training_args.json of a student's folder or Hub repository; None if there is none."""
     file = Path(path) / SETTINGS_FILE
     if not Path(path).exists():
+        from huggingface_hub import hf_hub_download  # here, since a folder needs no client
+        from huggingface_hub.errors import EntryNotFoundError
+
         try:
             file = Path(hf_hub_download(str(path), SETTINGS_FILE, revision=revision, cache_dir=cache_dir))
         except (EntryNotFoundError, OSError, ValueError):  # Loading the pipeline will say what is wrong.

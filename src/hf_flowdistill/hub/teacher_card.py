@@ -5,8 +5,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
-
 from hf_flowdistill.errors import UserError
 
 
@@ -41,6 +39,8 @@ def read_teacher_card(teacher, revision=None) -> dict:
         Any of "license", "license_name", "license_link" (an address), "extra_gated_..." (the Hub's names), and "gated"
         ("auto" or "manual") of a repository that has to be asked for.
     """
+    from huggingface_hub import HfApi, ModelCard  # here, since what is above needs no client
+
     teacher, found = str(teacher), {}
     try:
         if is_hub_id(teacher):
