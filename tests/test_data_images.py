@@ -375,8 +375,12 @@ def test_sets_that_are_none_are_seen_in_their_first_rows(tmp_path):
 
     def check(pictures, texts, image_type=image, text_type=text, **columns):
         features = Features({"image": image_type, "text": text_type})
-        Dataset.from_dict({"image": pictures, "text": texts}, features=features).save_to_disk(tmp_path / "set")
-        open_dataset(str(tmp_path / "set"), **columns).check()
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))} set"
+        folder.mkdir()
+        rows = Dataset.from_dict({"image": pictures, "text": texts}, features=features)
+        rows.to_parquet(folder / "train.parquet")
+        for streaming in (True, False):
+            open_dataset(str(folder), streaming=streaming, **columns).check()
 
     def of(data):
         return {"bytes": data, "path": None}
@@ -456,7 +460,7 @@ def test_opening_images(tmp_path):
         (str(tmp_path / "gone.png"), "it is missing"),
         (str(tmp_path), "Is a directory"),
         (path.read_bytes()[:60], "."),
-        (3, "it is missing"),
+        (3, "it is no image but int"),
     ):
         with pytest.raises(UnusableImage, match=reason):
             open_image(value)

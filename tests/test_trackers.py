@@ -32,8 +32,8 @@ def test_curves_are_grouped_and_by_sampler_step():
         "loss/generator/k2": -3.0,
         "gradient/fake_score/k2": 2.0,
         "latents/x0_std/k2": 0.5,
-        "monitors/latent_spread/k2": 0.8,
-        "details/weight/k2": 1.5,
+        "drift/latent_spread/k2": 0.8,
+        "other/weight/k2": 1.5,
     }
     del record["k"]  # a method without sampler steps
     assert scalars(record, NORMAL)["loss/generator"] == -3.0
@@ -49,17 +49,18 @@ def test_what_has_a_run_name_is_a_tracker_that_there_is():
 
 
 def test_tensorboard_shows_each_sampler_step_by_itself_and_goes_on(tmp_path):
-    words = script_arguments(tmp_path / "run", *SHEETS, "--report_to", "tensorboard", **{**RUN, "report_to": None})
+    settings = {**RUN, "report_to": None, "checkpointing_images": 4}
+    words = script_arguments(tmp_path / "run", *SHEETS, "--report_to", "tensorboard", **settings)
     run_here(*words, "--max_train_images=8")
-    run_here(*words, "--resume_from_checkpoint=latest")
+    run_here(*words, "--resume_from_checkpoint=checkpoint-4")  # what came after it comes again, and is shown once
     shown = EventAccumulator(str(tmp_path / "run" / "logs" / "sid-dit"), size_guidance={"images": 0}).Reload()
     tags, lines = shown.Tags(), metrics(tmp_path / "run")
     assert {tag.split("/")[0] for tag in tags["scalars"]} == {
         "loss",
         "gradient",
         "latents",
-        "monitors",
-        "details",
+        "drift",
+        "other",
         "run",
     }
     for k in (1, 2):
@@ -67,7 +68,9 @@ def test_tensorboard_shows_each_sampler_step_by_itself_and_goes_on(tmp_path):
         curve = shown.Scalars(f"loss/generator/k{k}") if of_step else []
         assert [(point.step, pytest.approx(point.value)) for point in curve] == of_step
     assert [point.step for point in shown.Scalars("run/learning_rate")] == [4, 8, 12, 16]
-    assert tags["images"] == ["validation"]
+    assert tags["images"] == ["validation"] and tags["tensors"] == ["arguments/text_summary"]
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["sid-dit"]
+    assert not any(path.is_dir() for path in (tmp_path / "run" / "logs" / "sid-dit").iterdir())  # one run in its list
     assert [image.step for image in shown.Images("validation")] == [0, 8, 16]
     assert lines[0].keys() >= {"generator_loss", "teacher_latent_std", "processes"}  # the file keeps its flat records
 
@@ -86,7 +89,7 @@ def test_wandb_knows_the_run_again(tmp_path, monkeypatch):
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == {identity}
     stored = b"".join(file.read_bytes() for folder in folders for file in folder.glob("run-*.wandb"))
-    for words in (b"a name", b"loss/generator/k1", b"monitors/latent_spread/k2"):
+    for words in (b"a name", b"loss/generator/k1", b"drift/latent_spread/k2"):
         assert words in stored
     pictures = sorted(folders[0].rglob("media/images/validation_*.png"), key=lambda path: path.stat().st_mtime)
     sheets = [tmp_path / "run" / "validation" / f"images-{seen}.png" for seen in (0, 8)]

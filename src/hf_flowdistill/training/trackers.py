@@ -29,7 +29,14 @@ def begin(accelerator, args, *, images_seen: int) -> None:
         settings["wandb"] |= {"dir": args.output_dir, "id": _run_id(folder / WANDB_RUN_FILE), "resume": "allow"}
     if "tensorboard" in names:  # what a run has written after its last checkpoint, it writes again
         settings["tensorboard"] = {"purge_step": images_seen + 1 if images_seen else None}
-    accelerator.init_trackers(args.tracker_project_name, tracker_config(args), init_kwargs=settings)
+    accelerator.init_trackers(args.tracker_project_name, init_kwargs=settings)
+    config = tracker_config(args)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":  # as text: as hyperparameters they would be one more run in its list
+            rows = "".join(f"| {name} | {value} |\n" for name, value in config.items())
+            tracker.writer.add_text("arguments", f"| | |\n| --- | --- |\n{rows}", images_seen)
+        else:
+            tracker.store_init_configuration(config)
 
 
 def _run_id(path: Path) -> str:
@@ -43,7 +50,7 @@ def _run_id(path: Path) -> str:
 def scalars(record: dict, monitors: Container[str] = ()) -> dict[str, float]:
     """A record of one update as curves: "group/name", and "/k2" behind what is of sampler step 2.
 
-    What does not change in a training is left out. `monitors` have a group of their own.
+    What does not change in a training is left out. `monitors` have a group of their own, which comes first.
     """
     step = f"/k{record['k']}" if "k" in record else ""
     shown = {}
@@ -51,7 +58,7 @@ def scalars(record: dict, monitors: Container[str] = ()) -> dict[str, float]:
         if name in OF_ALL_STEPS:
             shown[f"run/{name}"] = value
         elif name not in NEVER_SHOWN and not name.startswith("teacher_"):
-            shown[f"monitors/{name}{step}" if name in monitors else _place(name) + step] = value
+            shown[f"drift/{name}{step}" if name in monitors else _place(name) + step] = value
     return shown
 
 
@@ -60,7 +67,7 @@ def _place(name: str) -> str:
     for end, group in (("_loss", "loss"), ("_grad_norm", "gradient")):
         if name.endswith(end):
             return f"{group}/{name.removesuffix(end)}"
-    return f"latents/{name}" if name.startswith("x0_") else f"details/{name}"
+    return f"latents/{name}" if name.startswith("x0_") else f"other/{name}"
 
 
 def show_sheet(accelerator, image, name: str, images_seen: int) -> None:
