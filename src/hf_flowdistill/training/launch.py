@@ -58,7 +58,7 @@ def launch(args) -> Accelerator:
     Raises:
         UserError: this launch would not compute rightly.
     """
-    settle(args, start_processes().num_processes)
+    settle(args, args.dry_run or start_processes().num_processes)
     for line in not_honoured():
         logger.warning(line)
     os.environ.pop(FSDP, None)  # the script shards by itself, as the arguments now say
