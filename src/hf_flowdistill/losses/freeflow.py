@@ -3,7 +3,7 @@
 """FreeFlow: prediction, which follows the teacher's velocity from noise, and correction, which aligns distributions.
 
 Each is the gap between a velocity of the student's and the teacher's, and its gradient is that gap at the output of
-the student's network (FreeFlow Eq. 9 and 11). Gaps are of our velocities, noise - x0, which are minus the paper's; both
+the student's network (FreeFlow Eq. 9 and 11). Gaps are of our velocities, noise - x0, minus the paper's; both
 signs change, and the gradient is the same. Everything is computed in float32, or float64 if it is given that: gaps
 are small differences of large numbers.
 """
@@ -92,7 +92,7 @@ def correction_gap(velocity_fake: Tensor, velocity_teacher: Tensor) -> Tensor:
 
 
 def balance(alpha: float, prediction_norm: float, correction_norm: float, epsilon: float = 1e-6) -> float:
-    """lambda, the factor on the correction: alpha E|prediction gap| / (E|correction gap| + epsilon). FreeFlow Sec. 5.1.
+    """lambda, the factor on the correction: alpha E|prediction gap| / (E|correction gap| + epsilon). Sec. 5.1.
 
     The prediction's gap is the weighted one, whose share of the gradient App. A.3 counts.
     """

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.adapters import Role, without_adapters
 from hf_flowdistill.networks.blocks import sharding_units
+from hf_flowdistill.networks.flow_map import attach_as
 from hf_flowdistill.networks.roles import plain_copy
 from hf_flowdistill.teachers.precision import cast, floating_dtype
 from hf_flowdistill.training.distributed import local
@@ -160,11 +161,14 @@ class Sharding:
         if not self.is_main:
             return None
         gathered = copy.deepcopy(self.shells[sharded]).requires_grad_(False)
+        if sharded is network:
+            attach_as(gathered, network)
         gathered.load_state_dict(without_adapters(weights), assign=True)
         return network.on(gathered) if isinstance(network, Role) else gathered
 
     def _twin(self, network, dtype, offload):
         twin = self._assemble(self.shells[network], offload, dtype)
+        attach_as(twin, network)
         with torch.no_grad():
             for mine, theirs in zip(twin.state_dict().values(), network.state_dict().values(), strict=True):
                 local(mine).copy_(local(theirs))
