@@ -264,9 +264,9 @@ def test_the_derivative_in_the_jump(name):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(at(forward_ad.make_dual(jump, torch.ones_like(jump)))).tangent.clone()
     with torch.no_grad():
-        difference = (at(jump + 4e-3) - at(jump - 4e-3)) / 8e-3  # some parts compute in float32 always
+        difference = (at(jump + 2e-3) - at(jump - 2e-3)) / 4e-3  # SANA has kinks, and float32 inside
     assert tangent.abs().max() > 1e-4
-    assert (tangent - difference).abs().max() < 1e-3 * difference.abs().max()
+    assert (tangent - difference).norm() < 2e-3 * difference.norm()
 
 
 def test_gradient_checkpointing_of_a_student_predicts_the_same():
