@@ -108,6 +108,7 @@ def attach(network, layers: Sequence[str], names: Sequence[str], *, seed: int = 
     transformer.register_forward_pre_hook(flow_map.begin)
     for name in layers:
         transformer.get_submodule(name).register_forward_hook(flow_map.add)
+    remember_in_checkpoints(network)
     return flow_map
 
 
