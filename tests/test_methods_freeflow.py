@@ -56,7 +56,7 @@ def samples(case="sd3", indices=range(ROWS), number=0):
 def networks_of(method, case="sd3", scale=0.05):
     """Networks that have learned something: other than the teacher, and told."""
     networks = Networks.from_teacher(copy.deepcopy(learned(case).pipeline.transformer), trains=method.trains)
-    method.equip(networks, None)
+    method.equip(networks)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for network in networks.trained().values():

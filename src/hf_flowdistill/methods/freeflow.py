@@ -71,10 +71,10 @@ class FreeFlow(Method):
     def used(self) -> dict:
         return {"guidance_mode": self.config.guidance_mode, "time_layers": self.layers}
 
-    def equip(self, networks: Networks, device) -> None:
-        attach(networks.generator, self.layers, [JUMP, *self.varied], seed=self.args.seed, device=device)
+    def equip(self, networks: Networks, place=None) -> None:
+        attach(networks.generator, self.layers, [JUMP, *self.varied], seed=self.args.seed, place=place)
         if networks.fake_score is not None and self.varied:
-            attach(networks.fake_score, self.layers, self.varied, seed=self.args.seed + 1, device=device)
+            attach(networks.fake_score, self.layers, self.varied, seed=self.args.seed + 1, place=place)
 
     def published(self, network, predict):
         numbers = {JUMP: 1.0, GUIDANCE: self.args.student_guidance_scale}

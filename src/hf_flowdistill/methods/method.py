@@ -140,8 +140,12 @@ class Method:
         """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline with `sampler` makes it."""
         return generate_x0(network, contract, conditional, noises, **vars(sampler))
 
-    def equip(self, networks, device) -> None:
-        """Add to the networks, once they are there and have their first weights, what they have beyond the teacher."""
+    def equip(self, networks, place: Callable | None = None) -> None:
+        """Add to the networks, once they are there and have their first weights, what they have beyond the teacher.
+
+        Args:
+            place: (network, module that it is to have too) -> the module, where it is to be.
+        """
 
     def published(self, network, predict: Callable):
         """The transformer, of the teacher's class, that is exported of the averaged generator.

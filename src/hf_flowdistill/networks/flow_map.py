@@ -91,19 +91,20 @@ class FlowMap(torch.nn.Module):
         return output + added.to(output.dtype)
 
 
-def attach(network, layers: Sequence[str], names: Sequence[str], *, seed: int = 0, device=None) -> FlowMap:
+def attach(network, layers: Sequence[str], names: Sequence[str], *, seed: int = 0, place=None) -> FlowMap:
     """Give `network`, a transformer or a role on one, the embeddings of the numbers called `names`.
 
     Args:
         layers: of `find_time_layers`.
         seed: of the first layers.
-        device: of the embeddings; by default the network's.
+        place: (network, its flow map) -> the flow map where it is to be; by default where the network is.
     """
     transformer = transformer_of(network)
     width = transformer.get_submodule(layers[0]).out_features
     dtype = torch.float32 if transformer is not network else floating_dtype(network)
-    flow_map = FlowMap(layers, width, names, seed=seed)
-    network.flow_map = flow_map.to(device or next(transformer.parameters()).device, dtype)
+    flow_map = FlowMap(layers, width, names, seed=seed).to(dtype=dtype)
+    flow_map = flow_map.to(next(transformer.parameters()).device) if place is None else place(network, flow_map)
+    network.flow_map = flow_map
     # Bound methods and no closures: a copy of the network then has hooks of its own flow map.
     transformer.register_forward_pre_hook(flow_map.begin)
     for name in layers:
@@ -112,11 +113,10 @@ def attach(network, layers: Sequence[str], names: Sequence[str], *, seed: int = 
     return flow_map
 
 
-def attach_as(network, other) -> None:
-    """Give `network` a flow map with the values of `other`'s, if that has one."""
+def attach_as(network, other, place=None) -> None:
+    """Give `network` a flow map of the kind of `other`'s, if that has one; its values are to be filled in."""
     if (theirs := flow_map_of(other)) is not None:
-        mine = attach(network, theirs.layers, list(theirs.embedders), device=next(theirs.parameters()).device)
-        mine.load_state_dict(theirs.state_dict())
+        attach(network, theirs.layers, list(theirs.embedders), place=place)
 
 
 def flow_map_of(network) -> FlowMap | None:

@@ -171,7 +171,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     networks = build_networks(args, method, teacher, transformer, texts.sizes[0], accelerator)
     if checkpoint is None and getattr(args, "student_model_name_or_path", None):
         start_as_student(args, method, networks, teacher)
-    method.equip(networks, accelerator.device)
+    method.equip(networks, teacher.sharding.add)
     ema = EMA(networks.generator, args.ema_half_life_images, copy=teacher.sharding.copy)
     optimizers = {name: build_adam(args, name, network) for name, network in networks.trained().items()}
     state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "turns": {}}
