@@ -254,7 +254,8 @@ def test_every_sample_has_its_own_guidance(case):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--guidance_range", "2", "1"], "give the lower end first"),
+        (["--guidance_range", "2", "1"], "two numbers, the lower one first"),
+        (["--guidance_range", "2"], "two numbers, the lower one first"),
         (["--student_guidance_scale=3"], "outside of --guidance_range 1 2"),
         (["--derivative=jvp", "--num_jumps=4"], "--num_jumps is of the differences between jumps"),
         (["--correction_share=0", "--correction_weight=1"], "balances prediction and correction"),

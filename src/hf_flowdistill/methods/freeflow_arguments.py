@@ -33,10 +33,10 @@ def _add_guidance(add) -> None:
     add(
         "--guidance_range",
         type=FINITE,
-        nargs=2,
+        nargs="+",
         default=[1.0, 2.0],
-        metavar=("LOW", "HIGH"),
-        help="guidance of the teacher, drawn for every sample and told to the student; 1 1 = off (default: 1 2)",
+        metavar="X",
+        help="two ends of the teacher's guidance, which is drawn for every sample and told to the student; 1 1 = off",
     )
     add(
         "--student_guidance_scale",
@@ -133,9 +133,9 @@ def check_freeflow_arguments(args) -> None:
 
 
 def _check_guidance(args) -> None:
+    if len(args.guidance_range) != 2 or args.guidance_range[0] > args.guidance_range[1]:
+        raise UserError("--guidance_range takes two numbers, the lower one first.")
     low, high = args.guidance_range
-    if low > high:
-        raise UserError(f"--guidance_range {low:g} {high:g} is no range: give the lower end first.")
     if args.student_guidance_scale is None:
         args.student_guidance_scale = high
     if not low <= args.student_guidance_scale <= high:
