@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from score_distillation import train_freeflow
+from teacher_cases import TEACHERS
 from test_resume import same_bits, same_metrics
 from training_helpers import (
     PIPELINE_KWARGS,
@@ -24,6 +25,7 @@ from training_helpers import (
     script_arguments,
 )
 
+from hf_flowdistill.cli import main
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.flow.jumps import land
 from hf_flowdistill.hub.settings import read_settings
@@ -52,12 +54,12 @@ def run_here(arguments) -> None:
         reset_accelerate()
 
 
-def in_one_jump(teacher, checkpoint, lora=None, guidance=2.0):
+def in_one_jump(teacher, checkpoint, lora=None, guidance=2.0, kwargs=None):
     """(noise, what the averaged generator of a checkpoint makes of it) for one prompt, from its tensors."""
     with quiet():
         pipeline = DiffusionPipeline.from_pretrained(teacher)
-    kwargs = {"pipeline_kwargs": PIPELINE_KWARGS[teacher.name]} if teacher.name in PIPELINE_KWARGS else {}
-    contract = learn_contract(pipeline, height=32, width=32, **kwargs)
+    kwargs = kwargs or PIPELINE_KWARGS.get(teacher.name, {})
+    contract = learn_contract(pipeline, height=32, width=32, pipeline_kwargs=kwargs)
     network, layers = pipeline.transformer, find_time_layers(pipeline, contract)
     if lora:
         weights = load_file(checkpoint / "ema.safetensors")
@@ -79,8 +81,7 @@ def by_the_stock_class(student, z):
     pipeline.set_progress_bar_config(disable=True)
     defaults = read_settings(student)["student"]["call_defaults"]
     assert defaults["num_inference_steps"] == 1
-    latents = z if z.ndim == 4 else z.clone()
-    return pipeline("red circle", latents=latents, output_type="latent", **defaults).images
+    return pipeline("red circle", latents=z, output_type="latent", **defaults).images
 
 
 @pytest.mark.parametrize("kind", ["full", "lora_fake", "lora"])
@@ -188,3 +189,45 @@ def test_two_processes_compute_what_one_does(name, tmp_path):
     )
     start = load_file(saved_teacher("stable_diffusion_3") / "transformer" / "diffusion_pytorch_model.safetensors")
     assert largest_difference(one, two) < 0.02 * largest_difference(one, start)
+
+
+@pytest.mark.parametrize("networks", ["full", "lora"])
+def test_a_checkpoint_is_exported_as_the_run_was(networks, tmp_path):
+    """Alone the same weights; of two checkpoints their mean, folded."""
+    lora = {"networks": networks, "rank": 4} if networks == "lora" else {}
+    run_here(freeflow(tmp_path / "run", **lora))
+
+    def exported(name, *words):
+        with quiet():
+            main(["export", *map(str, words), "--output_dir", str(tmp_path / name), "--device=cpu"])
+        return load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    own = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    alone = exported("alone", tmp_path / "run")
+    assert largest_difference(own, alone) < 1e-7
+    assert read_settings(tmp_path / "alone")["student"]["method"] == "freeflow"
+    first = exported("first", tmp_path / "run" / "checkpoint-4")
+    mean = exported("mean", tmp_path / "run", tmp_path / "run" / "checkpoint-4")
+    assert largest_difference(mean, {name: (alone[name] + first[name]) / 2 for name in alone}) < 1e-6
+    assert largest_difference(alone, first) > 1e-4
+
+
+def test_a_layer_without_bias_is_folded_into_its_weights(tmp_path):
+    """FLUX.2's: by the run and by `flowdistill export`, both equal to the training's own student."""
+    teacher = tmp_path / "teacher"
+    kwargs = TEACHERS["flux2 klein"].kwargs
+    with quiet():
+        TEACHERS["flux2 klein"].build().save_pretrained(teacher)
+    settings = {"pretrained_model_name_or_path": teacher, "pipeline_kwargs": json.dumps(kwargs)}
+    run_here(freeflow(tmp_path / "run", **settings))
+    with quiet():
+        main(["export", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again"), "--device=cpu"])
+    z, expected = in_one_jump(teacher, tmp_path / "run" / "checkpoint-8", kwargs=kwargs)
+    for student in (tmp_path / "run" / "student", tmp_path / "again"):
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(student)
+            contract = learn_contract(pipeline, height=32, width=32, pipeline_kwargs=kwargs)
+        conditional, _ = encode_prompts(pipeline, contract, ["red circle"])
+        with torch.no_grad():
+            found = z - contract.velocity(pipeline.transformer, z, torch.ones(1), conditional)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -8,6 +8,7 @@ teacher, for the others its jumps to the end are corrected, against a fake score
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -35,6 +36,13 @@ from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.networks.time_layers import find_time_layers
 
 
+def told_at_the_end(settings: Mapping) -> dict[str, float]:
+    """What an exported student is told, by the settings of its training: the whole jump, and its guidance where that
+    was not the same all the time."""
+    low, high = settings["guidance_range"]
+    return {JUMP: 1.0} | ({GUIDANCE: settings["student_guidance_scale"]} if low < high else {})
+
+
 class FreeFlow(Method):
     """The generator's turn, then the fake score's, on what the generator has just made for its correction."""
 
@@ -54,12 +62,6 @@ class FreeFlow(Method):
         self.memory: dict[str, float] = {}  # of the update before: mean sizes of the two gaps
         self.layers: list[str] = []
 
-    @property
-    def varied(self) -> list[str]:
-        """The names of what both networks are told: the guidance, unless it is always the same."""
-        low, high = self.config.guidance_range
-        return [GUIDANCE] if low < high else []
-
     def settle(self, pipeline, contract) -> None:
         self.layers = find_time_layers(pipeline, contract)
         if not contract.guidance_modes and self.config.guidance_range != (1.0, 1.0):
@@ -72,13 +74,13 @@ class FreeFlow(Method):
         return {"guidance_mode": self.config.guidance_mode, "time_layers": self.layers}
 
     def equip(self, networks: Networks, place=None) -> None:
-        attach(networks.generator, self.layers, [JUMP, *self.varied], seed=self.args.seed, place=place)
-        if networks.fake_score is not None and self.varied:
-            attach(networks.fake_score, self.layers, self.varied, seed=self.args.seed + 1, place=place)
+        seed, told = self.args.seed, told_at_the_end(vars(self.args))
+        attach(networks.generator, self.layers, list(told), seed=seed, place=place)
+        if networks.fake_score is not None and GUIDANCE in told:
+            attach(networks.fake_score, self.layers, [GUIDANCE], seed=seed + 1, place=place)
 
     def published(self, network, predict):
-        numbers = {JUMP: 1.0, GUIDANCE: self.args.student_guidance_scale}
-        return folded(network, merged(network), predict, **numbers)
+        return folded(network, merged(network), predict, **told_at_the_end(vars(self.args)))
 
     def sampler(self, images_seen: int) -> Sampler:
         return Sampler(num_steps=1)
