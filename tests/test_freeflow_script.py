@@ -54,12 +54,12 @@ def run_here(arguments) -> None:
         reset_accelerate()
 
 
-def in_one_jump(teacher, checkpoint, lora=None, guidance=2.0, kwargs=None):
+def in_one_jump(teacher, checkpoint, lora=None, guidance=2.0, kwargs=None, size=32):
     """(noise, what the averaged generator of a checkpoint makes of it) for one prompt, from its tensors."""
     with quiet():
         pipeline = DiffusionPipeline.from_pretrained(teacher)
     kwargs = kwargs or PIPELINE_KWARGS.get(teacher.name, {})
-    contract = learn_contract(pipeline, height=32, width=32, pipeline_kwargs=kwargs)
+    contract = learn_contract(pipeline, height=size, width=size, pipeline_kwargs=kwargs)
     network, layers = pipeline.transformer, find_time_layers(pipeline, contract)
     if lora:
         weights = load_file(checkpoint / "ema.safetensors")
@@ -212,21 +212,22 @@ def test_a_checkpoint_is_exported_as_the_run_was(networks, tmp_path):
     assert largest_difference(alone, first) > 1e-4
 
 
-def test_a_layer_without_bias_is_folded_into_its_weights(tmp_path):
-    """FLUX.2's: by the run and by `flowdistill export`, both equal to the training's own student."""
-    teacher = tmp_path / "teacher"
-    kwargs = TEACHERS["flux2 klein"].kwargs
+@pytest.mark.parametrize("name", ["flux2 klein", "qwen image", "z image", "lumina2"])
+def test_students_of_more_classes(name, tmp_path):
+    """Of the run and of `flowdistill export`, both equal to the training's own student; FLUX.2's layer has no bias, so
+    it is folded into its weights."""
+    case, teacher = TEACHERS[name], tmp_path / "teacher"
     with quiet():
-        TEACHERS["flux2 klein"].build().save_pretrained(teacher)
-    settings = {"pretrained_model_name_or_path": teacher, "pipeline_kwargs": json.dumps(kwargs)}
-    run_here(freeflow(tmp_path / "run", **settings))
+        case.build().save_pretrained(teacher)
+    settings = {"pretrained_model_name_or_path": teacher, "pipeline_kwargs": json.dumps(case.kwargs)}
+    run_here(freeflow(tmp_path / "run", **settings, resolution=case.size))
     with quiet():
         main(["export", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again"), "--device=cpu"])
-    z, expected = in_one_jump(teacher, tmp_path / "run" / "checkpoint-8", kwargs=kwargs)
+    z, expected = in_one_jump(teacher, tmp_path / "run" / "checkpoint-8", kwargs=case.kwargs, size=case.size)
     for student in (tmp_path / "run" / "student", tmp_path / "again"):
         with quiet():
             pipeline = DiffusionPipeline.from_pretrained(student)
-            contract = learn_contract(pipeline, height=32, width=32, pipeline_kwargs=kwargs)
+            contract = learn_contract(pipeline, height=case.size, width=case.size, pipeline_kwargs=case.kwargs)
         conditional, _ = encode_prompts(pipeline, contract, ["red circle"])
         with torch.no_grad():
             found = z - contract.velocity(pipeline.transformer, z, torch.ones(1), conditional)

@@ -16,7 +16,7 @@ from hf_flowdistill.data.prompts import PromptStream
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.methods.freeflow import FreeFlow
 from hf_flowdistill.methods.freeflow_arguments import add_freeflow_arguments, check_freeflow_arguments
-from hf_flowdistill.methods.freeflow_turns import guided
+from hf_flowdistill.methods.freeflow_turns import check_derivative, guided
 from hf_flowdistill.methods.method import Samples, Size
 from hf_flowdistill.networks import flow_map
 from hf_flowdistill.networks.flow_map import GUIDANCE, JUMP
@@ -273,3 +273,33 @@ def test_shards_need_whole_micro_batches():
     with pytest.raises(UserError, match="must be a whole number"):
         method_of(sharding="full", gradient_accumulation_steps=2)
     assert method_of(sharding="full", gradient_accumulation_steps=4).args.method == "freeflow"
+
+
+class Constant(torch.autograd.Function):
+    """The identity, whose forward derivative is said to be zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return torch.zeros_like(tangent)
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, which has no forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+@pytest.mark.parametrize(("layer", "sentence"), [(Constant, "relative difference 1.0"), (Backwards, "jvp")])
+def test_a_wrong_forward_derivative_is_refused(layer, sentence):
+    case, one = learned("sd3"), samples(indices=range(1))
+    network = copy.deepcopy(case.pipeline.transformer)
+    check_derivative(network, case.contract, one.noise("x"), one.conditional("x"))
+    network.pos_embed.register_forward_hook(lambda module, args, output: layer.apply(output))
+    with pytest.raises(UserError, match=f"{sentence}.*choose --derivative difference"):
+        check_derivative(network, case.contract, one.noise("x"), one.conditional("x"))

@@ -23,6 +23,7 @@ from hf_flowdistill.methods.freeflow_turns import (
     FreeFlowBatch,
     FreeFlowConfig,
     Part,
+    check_derivative,
     fake_score_turn,
     generator_turn,
     jump_to_end,
@@ -94,6 +95,10 @@ class FreeFlow(Method):
     def measure(self, networks: Networks, samples: Samples) -> dict[str, float]:
         """The teacher's own latents as the student's are meant to be, and its own loss on them: `measure_teacher`."""
         contract, levels = samples.size.contract, range(8)
+        if self.config.derivative == "jvp":
+            first = replace(samples, indices=samples.indices[:1])
+            conditional = first.conditional("reference").with_embedded_guidance(1.0)
+            check_derivative(networks.generator, contract, first.noise("reference"), conditional)
         scale = functools.partial(contract.guided_velocity, networks.teacher, mode=self.config.guidance_mode)
         if self.args.correction_share == 0:
             return {}

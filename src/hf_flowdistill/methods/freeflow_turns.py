@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_flowdistill import flow
+from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow.jumps import land, noisier, step_velocity
 from hf_flowdistill.losses import freeflow as losses
 from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
@@ -174,11 +175,45 @@ def predict(networks: Networks, contract, part: Part, config: FreeFlowConfig) ->
 
 
 def derivative_in_jump(average, jump: Tensor) -> Tensor:
-    """Of `average`, jump [B] -> velocity [B, ...]: by forward differentiation, which attention kernels lack."""
+    """Of `average`, jump [B] -> velocity [B, ...]."""
+    return forward_derivative(average, jump, torch.ones_like(jump))
+
+
+def forward_derivative(function, at: Tensor, direction: Tensor) -> Tensor:
+    """Of `function` at a tensor, in a direction of its shape: by forward differentiation, which attention kernels
+    lack."""
     with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        found = average(forward_ad.make_dual(jump, torch.ones_like(jump)))
+        found = function(forward_ad.make_dual(at, direction))
         tangent = forward_ad.unpack_dual(found).tangent
         return torch.zeros_like(found) if tangent is None else tangent.clone()
+
+
+@torch.no_grad()
+def check_derivative(network, contract, z: Tensor, conditional, step: float = 0.05) -> None:
+    """Refuse a network that cannot be differentiated forwards, or only wrongly, as some layers of other libraries.
+
+    Its derivative at noise z in the direction of z is held against a central difference.
+
+    Raises:
+        UserError: it fails, or is off by more than a fifth, which is more than low precision makes.
+    """
+
+    def predict(x_t):
+        return contract.velocity(network, x_t, torch.ones(len(z), device=z.device), conditional)
+
+    try:
+        found = forward_derivative(predict, z, z)
+    except (NotImplementedError, RuntimeError) as error:
+        found, told = None, first_line(error)
+    if found is not None:
+        expected = (predict(z + step * z) - predict(z - step * z)) / (2 * step)
+        difference = ((found - expected).norm() / expected.norm()).item()
+        told = f"relative difference {difference:.1e}"
+    if found is None or not difference < 0.2:
+        raise UserError(
+            f"{contract.transformer_class} cannot be differentiated forwards as it runs here ({told}): choose "
+            "--derivative difference."
+        )
 
 
 def jump_to_end(network, contract, part: Part) -> Tensor:
