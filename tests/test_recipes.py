@@ -28,7 +28,7 @@ from training_helpers import (
 from hf_flowdistill.errors import UserError, exit_on_user_error
 
 
-RECIPES = {path.stem: path for path in SCRIPT.parent.joinpath("recipes").iterdir()}
+RECIPES = {path.stem: path for path in SCRIPT.parent.joinpath("recipes").glob("*.yaml")}
 CPU = SCRIPT.with_name("accelerate_configs") / "cpu.yaml"
 PAPER = {  # SiD-DiT, Tables 3 and 4: teacher, resolution, batch size per GPU, accumulation rounds
     "sana_0.6b_512_amp": ("Sana_600M_512px_diffusers", 512, 16, 2),

@@ -33,7 +33,7 @@ from hf_flowdistill.training.arguments import (
     check_output_arguments,
     check_teacher_arguments,
 )
-from hf_flowdistill.training.fit_arguments import images_of_update
+from hf_flowdistill.training.fit_arguments import add_fit_arguments, images_of_update
 from hf_flowdistill.training.recipes import add_recipe_argument, parse_with_recipe
 
 
@@ -57,6 +57,7 @@ def parse_candidates(input_args=None) -> list:
     add_adversarial_arguments(parser)
     add_image_arguments(parser)
     add_optimization_arguments(parser)
+    add_fit_arguments(parser)
     add_output_arguments(parser, name="sid-dit")
     add_plan_arguments(parser)
     return parse_with_recipe(parser, input_args, check_args, RECIPES)

@@ -2,6 +2,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What `flowdistill export` writes: the student of runs, or one that others have published, and a grid of samples."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hf_flowdistill.hub.settings import read_settings, write_settings
 from hf_flowdistill.hub.student import few_step_pipeline, load_student
 from hf_flowdistill.hub.teacher_card import check_shared_components
 from hf_flowdistill.networks.loading import load_pipeline
-from hf_flowdistill.teachers import learn_contract
+from hf_flowdistill.teachers import encode_batch, learn_contract
 from hf_flowdistill.teachers.finite import finite_images
 from hf_flowdistill.training import monitors
 from hf_flowdistill.training.averaging import (
@@ -55,9 +56,21 @@ class Found:
 
     def contract(self):
         """The teacher's, at the student's size."""
-        size = {name: self.pipeline_kwargs[name] for name in ("height", "width")}
-        others = {name: value for name, value in self.pipeline_kwargs.items() if name not in size}
-        return learn_contract(self.pipeline, pipeline_kwargs=others, **size)
+        return contract_of(self.pipeline, self.pipeline_kwargs)
+
+
+def contract_of(pipeline, pipeline_kwargs):
+    """Of a pipeline whose call has these arguments, its size among them."""
+    size = {name: pipeline_kwargs[name] for name in ("height", "width")}
+    others = {name: value for name, value in pipeline_kwargs.items() if name not in size}
+    return learn_contract(pipeline, pipeline_kwargs=others, **size)
+
+
+def predict_from_noise(pipeline, pipeline_kwargs, network):
+    """One prediction of `network`, a transformer of the pipeline's kind, at sigma 1."""
+    contract = contract_of(pipeline, pipeline_kwargs)
+    x_t = torch.zeros(1, *contract.latent_shape)
+    return contract.velocity(network, x_t, torch.ones(1), encode_batch(pipeline, contract, [""]))
 
 
 def from_runs(args, found: dict[Path, dict]) -> Found:
@@ -85,11 +98,13 @@ def from_runs(args, found: dict[Path, dict]) -> Found:
     compared = args.teacher or settings.get("networks") == "lora"
     check_teacher(settings, pipeline, teacher, transformer if compared else None)
     facts = total_facts(found)
+    pipeline_kwargs = settings["pipeline_kwargs"] | {"height": settings["height"], "width": settings["width"]}
+    predict = functools.partial(predict_from_noise, pipeline, pipeline_kwargs)
     return Found(
         pipeline=pipeline,
-        network=load_average(list(found), pipeline.transformer, settings),
+        network=load_average(list(found), pipeline.transformer, settings, predict),
         sampler=Sampler(settings["num_steps"], settings["noise_type"], settings["sigmas"]),
-        pipeline_kwargs=settings["pipeline_kwargs"] | {"height": settings["height"], "width": settings["width"]},
+        pipeline_kwargs=pipeline_kwargs,
         teacher=TeacherSource(teacher, origin.get("revision")),
         training=TrainingRecord(
             arguments={**settings, "images_seen": facts["images_seen"]},

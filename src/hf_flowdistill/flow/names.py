@@ -8,6 +8,7 @@ from itertools import pairwise
 
 
 NOISE_TYPES = ("fresh", "fixed", "ddim")
+SOLVERS = ("euler", "heun")
 
 # p(sigma) of SiD-DiT: the schedule SANA-Sprint's teacher was fine-tuned with (Sec. 4.1).
 SIGMA_MEAN = math.log(2)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_flowdistill.flow.draws import sample_noise
 from hf_flowdistill.flow.rollout import Sampler, rollout
 from hf_flowdistill.methods.phases import sampler_of
+from hf_flowdistill.networks.adapters import merged
 
 
 class Size(NamedTuple):
@@ -144,6 +145,25 @@ class Method:
     def generate(self, network, contract, conditional, noises: Callable[[int], Tensor], sampler: Sampler) -> Tensor:
         """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline with `sampler` makes it."""
         return generate_x0(network, contract, conditional, noises, **vars(sampler))
+
+    def equip(self, networks, place: Callable | None = None) -> None:
+        """Add to the networks, once they are there and have their first weights, what they have beyond the teacher.
+
+        Args:
+            place: (network, module that it is to have too) -> the module, where it is to be.
+        """
+
+    def published(self, network, predict: Callable):
+        """The transformer, of the teacher's class, that is exported of the averaged generator.
+
+        Args:
+            predict: calls a transformer once, at sigma 1.
+        """
+        return merged(network)
+
+    def summarize(self, turn: str, metrics: dict[str, float]) -> dict[str, float]:
+        """What is recorded of a turn's metrics, which are means over the whole update, the same on all processes."""
+        return metrics
 
     def measure(self, networks, samples: Samples) -> dict[str, float]:
         """What the generator is shown beside in every record, measured once for each size before training."""

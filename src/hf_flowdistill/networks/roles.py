@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.adapters import Role, SharedBase, quantize
 from hf_flowdistill.networks.blocks import linear_layers
+from hf_flowdistill.networks.flow_map import remember_in_checkpoints
 from hf_flowdistill.networks.names import RANK, ROLES, TRAINED
 from hf_flowdistill.teachers.precision import cast
 
@@ -170,6 +171,8 @@ class Networks:
         for name in names:
             if getattr(self, name) is not None:
                 getattr(self, name).enable_gradient_checkpointing()
+        for network in (self.teacher, *self.trained().values()):
+            remember_in_checkpoints(network)
 
     @contextlib.contextmanager
     def training(self, name: str):

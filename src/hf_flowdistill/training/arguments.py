@@ -23,7 +23,7 @@ from hf_flowdistill.cli import (
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
 from hf_flowdistill.teachers.names import GUIDANCE_SCALES
-from hf_flowdistill.training.fit_arguments import add_fit_arguments, check_fit_arguments
+from hf_flowdistill.training.fit_arguments import add_layout_arguments, check_layout_arguments
 from hf_flowdistill.training.folders import read_run
 from hf_flowdistill.training.ignored import OUTPUT, TEACHER
 from hf_flowdistill.training.names import LR_SCHEDULES, ROUNDINGS, TRACKERS
@@ -98,7 +98,7 @@ def add_optimization_arguments(parser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="of all randomness")
     add("--mixed_precision", choices=("no", "bf16"), help="bf16: float32 weights under autocast; as launched")
-    add_fit_arguments(parser)
+    add_layout_arguments(add)
 
 
 def add_output_arguments(parser, name: str) -> None:
@@ -193,7 +193,7 @@ def check_optimization_arguments(args) -> None:
     Raises:
         UserError: for arguments that are sane by themselves but not together, or need what is not installed.
     """
-    check_fit_arguments(args)
+    check_layout_arguments(args)
     if args.learning_rate is None:
         args.learning_rate = LORA_LEARNING_RATE if args.networks == "lora" else LEARNING_RATE
     if args.fake_score_learning_rate is None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of how a training is laid out on its machine, which do not change its mathematics: what is not given is
-chosen by `planning.fit`, or has the defaults of `settle`."""
+chosen by `planning.fit`, where a script makes that choice, or has the defaults of `settle`."""
 
 from argparse import Namespace
 
@@ -17,6 +17,7 @@ IMAGES_PER_UPDATE = 256  # the paper's
 
 
 def add_fit_arguments(parser) -> None:
+    """Arguments of the choice, of the scripts that make it."""
     add = parser.add_argument_group("fit to the machine").add_argument
     add(
         "--fit",
@@ -32,6 +33,10 @@ def add_fit_arguments(parser) -> None:
         metavar="GB",
         help="of each accelerator, for --fit; by default what is free on the one that has least",
     )
+
+
+def add_layout_arguments(add) -> None:
+    """Arguments of what can be chosen."""
     add("--images_per_update", type=COUNT, metavar="IMAGES", help="of all processes together; 256 by default")
     add(
         "--train_batch_size",
@@ -67,7 +72,7 @@ def add_fit_arguments(parser) -> None:
     )
 
 
-def check_fit_arguments(args) -> None:
+def check_layout_arguments(args) -> None:
     """Take over what the launch says, in place.
 
     Raises:
@@ -76,7 +81,10 @@ def check_fit_arguments(args) -> None:
     take_fsdp_config(args)
     if args.gradient_checkpointing == []:
         args.gradient_checkpointing = list(ROLES)
-    if args.cpu_offload and (args.sharding or ("none" if args.fit == "none" else "full")) == "none":
+    if (
+        args.cpu_offload
+        and (args.sharding or ("none" if getattr(args, "fit", "none") == "none" else "full")) == "none"
+    ):
         raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
     if args.cpu_offload and args.networks == "lora":
         raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")

@@ -30,7 +30,7 @@ from hf_flowdistill.hub.push import push_student
 from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.method import Method, Samples, Size
 from hf_flowdistill.methods.phases import last_begun, method_of, not_reached
-from hf_flowdistill.networks.adapters import merged, save_lora
+from hf_flowdistill.networks.adapters import save_lora
 from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.placement import streamed
 from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing, role_settings
@@ -172,6 +172,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     networks = build_networks(args, method, teacher, transformer, texts.sizes[0], accelerator)
     if checkpoint is None and getattr(args, "student_model_name_or_path", None):
         start_as_student(args, method, networks, teacher)
+    method.equip(networks, teacher.sharding.add)
     ema = EMA(networks.generator, args.ema_half_life_images, copy=teacher.sharding.copy)
     optimizers = {name: build_adam(args, name, network) for name, network in networks.trained().items()}
     state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "turns": {}}
@@ -221,13 +222,18 @@ def build_networks(args, method: Method, teacher: Teacher, transformer, size: Si
     return networks
 
 
-def predict_once(size: Size, accelerator, network) -> torch.Tensor:
-    """One prediction of `network`: the velocity at sigma 0.5 of what the first prompt's noise is there."""
-    x_t = sample_noise(
-        size.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=accelerator.device
-    )
+def predict_once(size: Size, accelerator, network, *, sigma: float = 0.5, device=None) -> torch.Tensor:
+    """One prediction of `network`: the velocity at `sigma` of what the first prompt's noise is there."""
+    device = device or accelerator.device
+    x_t = sample_noise(size.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=device)
     with accelerator.autocast():
-        return size.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), size.conditional[[0]].to(x_t.device))
+        return size.contract.velocity(network, x_t, x_t.new_full((1,), sigma), size.conditional[[0]].to(device))
+
+
+def predict_from_noise(run: Run, network) -> torch.Tensor:
+    """`predict_once` at sigma 1, where `network` is."""
+    device = next(network.parameters()).device
+    return predict_once(run.texts.sizes[0], run.accelerator, network, sigma=1.0, device=device)
 
 
 def start_as_student(args, method: Method, networks: Networks, teacher: Teacher) -> None:
@@ -286,7 +292,7 @@ def finish(run: Run) -> None:
         run.teacher.pipeline,
         Path(args.output_dir, "student"),
         run.sampler,
-        transformer=merged(student),
+        transformer=run.method.published(student, functools.partial(predict_from_noise, run)),
         contract=run.teacher.contracts[0],
         pipeline_kwargs=args.pipeline_kwargs | {"height": args.height, "width": args.width},
         teacher=TeacherSource(args.pretrained_model_name_or_path, args.revision),
