@@ -78,6 +78,7 @@ def test_the_log_names_no_rank_where_there_is_one_process_and_says_nothing_twice
         try:
             for value in (1, 1, 2):
                 get_logger("accelerate.somewhere").warning("a value of %s", value)
+            assert handler.filter(logging.LogRecord("a", logging.WARNING, "b", 1, "no room for", (value,), None))
         finally:
             logging.getLogger("accelerate").removeHandler(handler)
         assert stream.getvalue() == f"{beginning}a value of 1\n{beginning}a value of 2\n"

@@ -86,7 +86,10 @@ class PlainLines(logging.Filter):
         self._prefix, self._said = "[RANK 0] " if alone else "", set()
 
     def filter(self, record) -> bool:
-        record.msg, record.args = record.getMessage().removeprefix(self._prefix), None
+        try:
+            record.msg, record.args = record.getMessage().removeprefix(self._prefix), None
+        except (TypeError, ValueError):  # of arguments that do not fit, which a handler tells of
+            return True
         new = record.msg not in self._said
         self._said.add(record.msg)
         return new

@@ -112,7 +112,7 @@ class Sheets:
                 levels = on_main(lambda: self._levels(size))
                 latents = [self._sampled(size, row, levels) for row in range(len(run.args.validation_prompts))]
                 on_main(lambda: self._keep(file, about, len(levels) - 1, self._decoded(size, torch.cat(latents))))
-            except OSError as error:  # as `on_main` tells of any failure
+            except (OSError, UserError, CallFailed) as error:  # the first as `on_main` tells of any failure
                 self._failed[folder] = f"no samples of the teacher: {first_line(error)}"
                 logger.warning(self._failed[folder])
         if folder in self._failed or not run.accelerator.is_main_process:
