@@ -391,7 +391,7 @@ def test_the_command_alone_tells_what_it_would_do(hub, tmp_path):
     assert any(line.startswith("rehearsed, each process takes at its peak") for line in printed)
     assert any(line.startswith("images per update: 256 = 8 processes x ") for line in printed)
     assert printed[-1] == "time: 277.8 hours for the paper, which had 8 H100 GPUs of 80 GB"
-    recipe, prompts = done.stderr.splitlines()[:2]
+    recipe, prompts = [line for line in done.stderr.splitlines() if line.startswith(("recipe: ", "prompts: "))]
     assert recipe.startswith(
         "recipe: sd3.5_large_amp or sd3.5_large_bf16, since stabilityai/stable-diffusion-3.5-large"
     )
