@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.roles import ROLES, Networks
+from hf_flowdistill.planning.ghosts import empty, seen
 from hf_flowdistill.planning.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.planning.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
@@ -124,10 +124,9 @@ def rehearse(
         autocast: makes the context in which networks run forward.
         views: as for `MemoryTracker`; the components are in the text at the top.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = MemoryTracker(views)
     with tracker:
-        _fill_networks(tracker, mode, networks, average)
+        _fill_networks(tracker, networks, average)
         optimizers = {}
         for name, network in networks.trained().items():
             optimizers[name] = _optimizer(tracker, network, build_optimizer)
@@ -138,7 +137,7 @@ def rehearse(
             trained, told = networks.trained()[turn], turn.replace("_", " ")
             tracker.when = f"forward pass of the {told}'s turn"
             _make_gradients(tracker, trained)
-            batch = _batch(mode, contract, batch_size)
+            batch = _batch(contract, batch_size)
             batch.x0 = x0
             with networks.training(turn):
                 with autocast():
@@ -152,19 +151,19 @@ def rehearse(
     return tracker.peaks
 
 
-def _fill_networks(tracker, mode, networks: Networks, average) -> None:
+def _fill_networks(tracker, networks: Networks, average) -> None:
     """Fake parameters and buffers in all networks, counted to their components; and their blocks' places noted."""
     named = {"generator": networks.generator, "fake score": networks.fake_score}
     named["average of the generator"] = average
     for name, network in named.items():
         with tracker.component(name + _mark(network)):
-            fill(network, mode)
+            fill(network)
         if not isinstance(network, Role):
             tracker.assign(network.buffers(), name + BUFFERS)
     teacher = networks.teacher  # after the adapters, which are inside where they share it
     transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
     with tracker.component("teacher"):
-        fill(transformer, mode)
+        fill(transformer)
     tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
     for name in ROLES:
         network = getattr(networks, name)
@@ -253,15 +252,14 @@ def shortened(transformer, lengths: Sequence[int] | None = None):
     return copy.deepcopy(transformer, memo)
 
 
-def fill(network, mode) -> None:
+def fill(network) -> None:
     """Fake tensors in place of the parameters and buffers of a network on the meta device."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None or tensor.device.type != "meta":
                     continue
-                with mode:
-                    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made = seen(empty(tensor.shape, tensor.dtype))
                 if isinstance(tensor, torch.nn.Parameter):
                     made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
                 tensors[name] = made
@@ -292,10 +290,9 @@ def _update(tracker, optimizer, network) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _batch(mode, contract: Contract, size: int) -> SiDBatch:
+def _batch(contract: Contract, size: int) -> SiDBatch:
     def made(*shape, dtype=torch.float32):
-        with mode:
-            return torch.zeros(*shape, dtype=dtype)
+        return seen(empty(shape, dtype))
 
     def rows(number):
         return Conditioning(
