@@ -24,6 +24,9 @@ class Home:
     def __init__(self, size: int):
         self.size = size
 
+    def nbytes(self) -> int:
+        return self.size
+
 
 class Ghost(torch.Tensor):
     """A tensor with a `form` (`form_of`) and a `home` in place of memory."""
@@ -60,6 +63,11 @@ def empty(shape, dtype: torch.dtype = torch.float32) -> Ghost:
 def form_of(tensor) -> tuple:
     """(shape, stride, offset, dtype) of any tensor."""
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def memory_of(tensor):
+    """What a tensor shares with its views."""
+    return tensor.home if isinstance(tensor, Ghost) else tensor.untyped_storage()
 
 
 def _bytes(form) -> int:

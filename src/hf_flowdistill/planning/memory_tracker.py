@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_flowdistill.planning.ghosts import Ghost, Home, call
+from hf_flowdistill.planning.ghosts import call, memory_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MemoryTracker(TorchDispatchMode):
         before = len(self.storages)
         for tensor in (output,) if isinstance(output, torch.Tensor) else tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
-                self._see(_memory(tensor), self.name)
+                self._see(memory_of(tensor), self.name)
         if len(self.storages) > before:
             self._look()
         return output
@@ -75,7 +75,7 @@ class MemoryTracker(TorchDispatchMode):
     def assign(self, tensors, name: str) -> None:
         """Count `tensors`, seen before or not, to the component called `name`."""
         for tensor in tensors:
-            storage = _memory(tensor)
+            storage = memory_of(tensor)
             if id(storage) in self.storages:
                 reference, old, size = self.storages[id(storage)]
                 self._count(old, -size)
@@ -92,7 +92,7 @@ class MemoryTracker(TorchDispatchMode):
         key = id(storage)
         if key not in self.storages:
             reference = weakref.ref(storage, lambda _: self._gone(key))
-            size = storage.size if isinstance(storage, Home) else storage.nbytes()
+            size = storage.nbytes()
             self.storages[key] = reference, name, size
             self._count(name, size)
 
@@ -118,7 +118,3 @@ class MemoryTracker(TorchDispatchMode):
                 self.peaks[i][self.when, self.place] = Peak(
                     self.when, {name: size for name, size in parts.items() if size}
                 )
-
-
-def _memory(tensor):
-    return tensor.home if isinstance(tensor, Ghost) else tensor.untyped_storage()

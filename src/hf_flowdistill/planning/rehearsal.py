@@ -31,6 +31,7 @@ from hf_flowdistill.planning.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.training import optimizers
 
 
 LORA, BUFFERS = " (LoRA)", " (buffers)"  # at the end of a component's name
@@ -125,30 +126,52 @@ def rehearse(
         views: as for `MemoryTracker`; the components are in the text at the top.
     """
     tracker = MemoryTracker(views)
-    with tracker:
+    with tracker, no_draws():
         _fill_networks(tracker, networks, average)
-        optimizers = {}
+        built = {}
         for name, network in networks.trained().items():
-            optimizers[name] = _optimizer(tracker, network, build_optimizer)
+            built[name] = _optimizer(tracker, network, build_optimizer)
         tracker.forget_peaks()
-        turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
-        x0 = None
-        for turn, loss_of in turns[::-1] if share_rollout else turns:
-            trained, told = networks.trained()[turn], turn.replace("_", " ")
-            tracker.when = f"forward pass of the {told}'s turn"
-            _make_gradients(tracker, trained)
-            batch = _batch(contract, batch_size)
-            batch.x0 = x0
-            with networks.training(turn):
-                with autocast():
-                    loss, _ = loss_of(networks, contract, batch, config)
-                tracker.when = f"backward pass of the {told}'s turn"
-                loss.backward()
-            x0 = batch.x0 if share_rollout else None
-            del batch, loss
-            tracker.when = f"update of the {told}"
-            _update(tracker, optimizers[turn], trained)
+
+        def stage(turn, part):
+            trained = networks.trained()[turn]
+            tracker.when = WHEN[part].format(turn.replace("_", " "))
+            if part == "forward":
+                _make_gradients(tracker, trained)
+            if part == "update":
+                _update(tracker, built[turn], trained)
+
+        play(networks, contract, config, stage, batch_size=batch_size, autocast=autocast, share_rollout=share_rollout)
     return tracker.peaks
+
+
+WHEN = {
+    "forward": "forward pass of the {}'s turn",
+    "backward": "backward pass of the {}'s turn",
+    "update": "update of the {}",
+}
+
+
+def play(networks, contract, config, stage, *, batch_size: int, autocast: Callable, share_rollout: bool) -> None:
+    """The passes of a micro-batch of both turns; arguments as for `rehearse`.
+
+    Args:
+        stage: called with the turn, and with what of it begins: a key of `WHEN`.
+    """
+    turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
+    x0 = None
+    for turn, loss_of in turns[::-1] if share_rollout else turns:
+        stage(turn, "forward")
+        batch = _batch(contract, batch_size)
+        batch.x0 = x0
+        with networks.training(turn):
+            with autocast():
+                loss, _ = loss_of(networks, contract, batch, config)
+            stage(turn, "backward")
+            loss.backward()
+        x0 = batch.x0 if share_rollout else None
+        del batch, loss
+        stage(turn, "update")
 
 
 def _fill_networks(tracker, networks: Networks, average) -> None:
@@ -209,6 +232,12 @@ def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> lis
         if length > KEPT:
             more = [number + (i == row) for i, number in enumerate(kept)]
             added.append((length - KEPT, rehearse_one(shortened(transformer, more))))
+    return extrapolated(base, added)
+
+
+def extrapolated(base, added: Sequence[tuple[int, list]]) -> list[Peak]:
+    """The peak for each view, from those of all parts (what `rehearse` returns), and from (how many more blocks, those
+    with one more)."""
     peaks = []
     for view, parts in enumerate(base):
         whole = []
@@ -263,6 +292,20 @@ def fill(network) -> None:
                 if isinstance(tensor, torch.nn.Parameter):
                     made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
                 tensors[name] = made
+
+
+@contextlib.contextmanager
+def no_draws():
+    """Stochastic rounding draws numbers for every parameter, which would take most of the time, and counts no bytes of
+    them: inside, it draws none."""
+    drawn, optimizers.half_words = optimizers.half_words, lambda *args: NO_DRAWS
+    try:
+        yield
+    finally:
+        optimizers.half_words = drawn
+
+
+NO_DRAWS = torch.zeros((), dtype=torch.int32)
 
 
 def _optimizer(tracker, network, build_optimizer):
