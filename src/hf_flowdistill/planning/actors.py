@@ -4,7 +4,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.planning.ghosts import Ghost, empty, memory_of
 from hf_flowdistill.planning.rehearsal import block_rows, fill, no_draws
 from hf_flowdistill.planning.traces import Recorder
-from hf_flowdistill.teachers.precision import cast
+from hf_flowdistill.teachers.precision import cast, floating_dtype
 
 
 class Actor:
@@ -24,6 +25,7 @@ class Actor:
         rows: of `block_rows`.
         network: what is trained: the transformer, or the role with the adapter.
         plain: the transformer as it is, which is a role too where it has an adapter.
+        input_dtype: of what they are given.
     """
 
     def __init__(self, transformer, dtype: torch.dtype, roles: RoleSettings | None):
@@ -35,34 +37,46 @@ class Actor:
             if roles is not None:
                 shared = roles.share(transformer)
                 self.network, self.plain = shared.add("adapter"), Role(shared)
+        self.input_dtype = floating_dtype(self.plain)
+        self.network.requires_grad_(False)
         self.adapter = {id(module) for module in self.network.modules()} if roles is not None else set()
         fill(transformer)
+        self.parameters = [*self.network.parameters()]
+        self._memories = [memory_of(tensor) for tensor in (*transformer.parameters(), *transformer.buffers())]
+
+    def memories(self):
+        """Of all parameters, their gradients, and buffers."""
+        yield from self._memories
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                yield memory_of(parameter.grad)
 
     @contextlib.contextmanager
     def ready(self, plain: bool, trained: bool, checkpointed: bool):
         """The network, or the plain one, trained or frozen, with its activations kept or computed a second time."""
         network = self.plain if plain else self.network
-        network.requires_grad_(trained)
-        for parameter in network.parameters() if trained else ():
-            parameter.grad = empty(parameter.shape, parameter.dtype)
+        for parameter in self.parameters if trained else ():
+            parameter.requires_grad_(True).grad = empty(parameter.shape, parameter.dtype)
         if checkpointed:
             network.enable_gradient_checkpointing()
         try:
             yield network
         finally:
-            network.requires_grad_(False)
-            network.zero_grad(set_to_none=True)
+            for parameter in self.parameters if trained else ():
+                parameter.requires_grad_(False).grad = None
             if checkpointed:
                 self.transformer.disable_gradient_checkpointing()
                 if isinstance(network, Role):
                     network.shared.checkpointed.clear()
 
-    def trained(self, left_out: Collection) -> list[torch.nn.Parameter]:
+    @functools.cache  # noqa: B019
+    def trained(self, left_out: frozenset) -> list[torch.nn.Parameter]:
         """What is trained of the network, without that in the blocks `left_out`."""
         inside = {id(parameter) for block in self._blocks(left_out) for parameter in block.parameters()}
-        return [parameter for parameter in self.network.parameters() if id(parameter) not in inside]
+        return [parameter for parameter in self.parameters if id(parameter) not in inside]
 
-    def sizes(self, left_out: Collection, average: bool = False) -> tuple[int, int]:
+    @functools.cache  # noqa: B019
+    def sizes(self, left_out: frozenset, average: bool = False) -> tuple[int, int]:
         """Bytes of the transformer's parameters, without those of an adapter, and of its buffers, without those in the
         blocks `left_out`; of its average, which is in float32."""
         skipped = self.adapter | {id(module) for block in self._blocks(left_out) for module in block.modules()}
@@ -77,7 +91,7 @@ class Actor:
                     sizes[number] += tensor.numel() * 4 if wide else memory_of(tensor).nbytes()
         return sizes[0], sizes[1]
 
-    def _blocks(self, left_out: Collection):
+    def _blocks(self, left_out: frozenset):
         for row, number in left_out:
             blocks, start, _ = self.rows[row]
             yield blocks[start + number]

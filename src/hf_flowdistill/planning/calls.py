@@ -117,6 +117,11 @@ class Call:
         sizes = np.array([stay.size for stay in self.stays], int)
         return sizes, *(np.array(rows, int).reshape(-1, 2).T for rows in moments)
 
+    @functools.cached_property
+    def rows(self) -> list[np.ndarray]:
+        """Of the looks of every region, the row of the last block to start; -1 for none."""
+        return [np.array([-1 if row is None else row for row in one.places], int) for one in self.regions]
+
     def without(self, blocks: Collection) -> "Call":
         """The same of a network without these `blocks`, each of which is between others like it.
 
@@ -161,7 +166,7 @@ class _Output(torch.autograd.Function):
         return None, *ctx.make()
 
 
-def record(network, given: Given, grad: bool, autocast: Callable, gradients: tuple | None = None, rows=()) -> Call:
+def record(network, given: Given, grad: bool, autocast: Callable, gradients: tuple | None, actor) -> Call:
     """Call a network on ghosts, and go back through it if there is a graph.
 
     Args:
@@ -169,8 +174,8 @@ def record(network, given: Given, grad: bool, autocast: Callable, gradients: tup
             gradients.
         given: its arguments.
         grad, autocast: whether it is called with gradient, and makes the context besides.
-        gradients: of the outputs that have a graph, `Ghostly`; by default contiguous ones.
-        rows: of `rehearsal.block_rows`, of the blocks that are in it.
+        gradients: of the outputs that have a graph, `Ghostly`; None for contiguous ones.
+        actor: whose network it is (`actors.Actor`).
 
     Raises:
         NotAlike: something outlives the call, or more than one argument has a gradient.
@@ -179,8 +184,8 @@ def record(network, given: Given, grad: bool, autocast: Callable, gradients: tup
     tensors = given.tensors()
     arguments = [None if tensor is None else recorder.expect(memory_of(tensor)) for tensor in tensors]
     _give_gradients(given, tensors, recorder, inputs)
-    with _blocks_noted(recorder, rows), recorder, torch.set_grad_enabled(grad):
-        for memory in _memories(network):
+    with _blocks_noted(recorder, actor.rows), recorder, torch.set_grad_enabled(grad):
+        for memory in actor.memories():
             recorder.expect(memory)
         recorder.enter(FORWARD)
         args, kwargs = given.filled(tensors)
@@ -237,18 +242,6 @@ def _made(gradients, recorder, roots: list) -> list[Ghost]:
     roots += [recorder.expect(tensor.home) for tensor in made]
     recorder.enter(BACKWARD)
     return made
-
-
-def _memories(network):
-    """Of all parameters, their gradients, and buffers of a network or of what a role is on."""
-    shared = getattr(network, "shared", None)
-    for module in (network, *([shared.transformer] if shared else [])):
-        for parameter in module.parameters():
-            yield memory_of(parameter)
-            if parameter.grad is not None:
-                yield memory_of(parameter.grad)
-        for buffer in module.buffers():
-            yield memory_of(buffer)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,14 @@ STAYING = ("teacher", "activations")  # on the accelerator, where the rest is of
 WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters and buffers
 
 
+class Sizes(NamedTuple):
+    """How many parameters and other values a transformer has, and parameters each of its `sharding_units`."""
+
+    parameters: int
+    others: int
+    units: list[int]
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A teacher without values, and what every rehearsal of it needs."""
@@ -69,7 +77,12 @@ class Stage:
 
     @functools.cached_property
     def rehearsals(self) -> Rehearsals:
+        """What its cases share."""
         return Rehearsals(self.transformer, self.contract, self.config)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(*count(self.transformer), [count(unit)[0] for unit in sharding_units(self.transformer)])
 
     @classmethod
     def of(cls, path, *, height: int, width: int, guidance=None, pipeline_kwargs=None, **origin) -> "Stage":
@@ -129,10 +142,8 @@ class Case:
         for plan, peak, waiting in zip(plans, peaks[::2], peaks[1::2]):
             start = stage.start
             if plan.shards:
-                gathered = self._gathered(stage.transformer)
-                peak = Peak(peak.when, {**peak.components, "gathered": gathered})
-                parameters, others = count(stage.transformer)
-                start = start.beside(4 * (parameters / gpus + others))
+                peak = Peak(peak.when, {**peak.components, "gathered": self._gathered(stage.sizes)})
+                start = start.beside(4 * (stage.sizes.parameters / gpus + stage.sizes.others))
             rows.append((peak, start, waiting.bytes))
         return rows
 
@@ -160,12 +171,11 @@ class Case:
             return Adam8bitSizes(network.parameters())
         return build_optimizer(network, rounding=self.precision.rounding)
 
-    def _gathered(self, transformer) -> float:
+    def _gathered(self, sizes: Sizes) -> float:
         """Bytes that come and go besides, where networks are in shards, at most: what is in no unit, one unit and the
         next one, and the gradient of a unit, which is reduced in float32. Not rehearsed."""
-        units = [count(unit)[0] for unit in sharding_units(transformer)]
-        largest, size = max(units, default=0), self.precision.dtype.itemsize
-        weights = (count(transformer)[0] - sum(units) + 2 * largest) * size
+        largest, size = max(sizes.units, default=0), self.precision.dtype.itemsize
+        weights = (sizes.parameters - sum(sizes.units) + 2 * largest) * size
         return weights if self.roles.networks == "lora" else weights + largest * (size + 4)
 
 

@@ -7,7 +7,7 @@ What an operation returns, in shapes and in what shares memory with what, depend
 """
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -79,6 +79,7 @@ def _bytes(form) -> int:
 _KNOWN: dict[tuple, list] = {}  # call -> what `_learn` tells of it
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+CPU = torch.device("cpu")
 ARGUMENT, VIEW, NEW, VALUE = range(4)  # what an output is
 
 
@@ -97,16 +98,19 @@ def call(func, args, kwargs):
     except TypeError:  # an argument that does not compare, such as a generator
         key = None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not any(isinstance(tensor, Ghost) for tensor in tensors):
-        return func(*args, **kwargs)
     known = _KNOWN.get(key)
     if known is None:
+        if not any(isinstance(tensor, Ghost) for tensor in tensors):
+            return func(*args, **kwargs)
         known = _learn(func, args, kwargs, tensors)
         if key is not None and not any(kind == VALUE and value is not None for kind, value, _ in known[0]):
             _KNOWN[key] = known
     outputs, spec = known
     if spec is None:
-        return _made(*outputs[0], tensors, {})
+        what, which, form = outputs[0]
+        if what == NEW:  # as most are
+            return ghost(form, Home(which[1]))
+        return _made(what, which, form, tensors, {})
     homes = {}
     return tree_unflatten([_made(*output, tensors, homes) for output in outputs], spec)
 
@@ -152,6 +156,11 @@ def _learn(func, args, kwargs, tensors):
     """
     if torch.Tag.inplace_view in func.tags:
         return _changed(func, args, kwargs, tensors)
+    returns = func._schema.returns
+    if not returns:  # what changes values alone
+        return [(VALUE, None, None)], None
+    if len(returns) == 1 and returns[0].alias_info and returns[0].alias_info.is_write and args[0] is tensors[0]:
+        return [(ARGUMENT, 0, None)], None
     fakes = {}
     for tensor in tensors:
         if isinstance(tensor, Ghost) and id(tensor) not in fakes:
@@ -179,11 +188,12 @@ def _learn(func, args, kwargs, tensors):
     return outputs, None if spec.is_leaf() else spec
 
 
-def _fake(tensor: Ghost):
+def _fake(tensor: Ghost) -> FakeTensor:
     shape, stride, offset, dtype = tensor.form
-    with _FAKE:
-        whole = torch.empty(tensor.home.size // dtype.itemsize, dtype=dtype)
-        return whole.as_strided(shape, stride, offset).requires_grad_(tensor.requires_grad)
+    with no_dispatch():
+        whole = torch.empty(tensor.home.size // dtype.itemsize, dtype=dtype, device="meta")
+        meta = whole.as_strided(shape, stride, offset).requires_grad_(tensor.requires_grad)
+        return FakeTensor(_FAKE, meta, CPU)
 
 
 def _changed(func, args, kwargs, tensors):

@@ -164,33 +164,34 @@ def assemble(frame: Frame, calls: Sequence[Call], names: dict[str, str]) -> dict
         names: role -> the network that it has the blocks of.
     """
     starts, bases, looks = _lie(frame, calls)
-    parts = {key: number for number, key in enumerate(dict.fromkeys(key for key, _, _ in looks))}
-    part = np.repeat([parts[key] for key, _, _ in looks], [len(places) for *_, places in looks])
+    parts = [*dict.fromkeys(part for part, *_ in looks)]
     networks = [*dict.fromkeys(names.values())]
-    rows = []
-    for _, role, places in looks:
-        network = 100 * networks.index(names[role])
-        rows += [-1 if place is None else network + place for place in places]
-    row = np.array(rows)
-    lasts = np.maximum.accumulate(np.where(row >= 0, np.arange(len(row)), -1))
-    row = np.where(lasts >= 0, row[lasts], -1)
+    rows = max(len(call.regions) for call in calls)  # more than there are
+    places = np.concatenate(
+        [np.where(row < 0, row, row + rows * networks.index(names[role])) for _, role, row in looks]
+    )
+    lasts = np.maximum.accumulate(np.where(places >= 0, np.arange(len(places)), -1))
+    places = np.where(lasts >= 0, places[lasts], -1) + 1
+    part = np.repeat([parts.index(part) for part, *_ in looks], [len(row) for *_, row in looks])
 
-    change = np.zeros(len(row) + 2)
-    for size, born, dead in _stays(frame, calls, starts, bases):
-        np.add.at(change, born, size)
-        np.add.at(change, np.minimum(dead, len(row)) + 1, -size)
-    live = np.cumsum(change)[1:-1]
-    found, keys = {}, [*parts]
-    for number, place, size in zip(part.tolist(), row.tolist(), live.tolist()):
-        key = *keys[number], None if place < 0 else (networks[place // 100], place % 100)
-        if size > found.get(key, -1):
-            found[key] = int(size)
+    size, born, dead = (np.concatenate(arrays) for arrays in zip(*_stays(frame, calls, starts, bases)))
+    moments = np.concatenate([born, np.minimum(dead, len(places)) + 1])
+    live = np.cumsum(np.bincount(moments, np.concatenate([size, -size])))[1 : len(places) + 1].astype(int)
+    codes = part * (rows * len(networks) + 1) + places
+    codes, first, number = np.unique(codes, return_index=True, return_inverse=True)
+    most = np.zeros(len(codes), int)
+    np.maximum.at(most, number, live)
+    found = {}
+    for i in np.argsort(first).tolist():
+        network, row = divmod(int(places[first[i]]) - 1, rows)
+        place = None if network < 0 else (networks[network], row)
+        found[(*parts[part[first[i]]], place)] = int(most[i])
     return found
 
 
 def _lie(frame: Frame, calls):
     """Where regions begin, counted in looks from the first: of the frame's regions, and of each call's; and the looks,
-    in pieces of (turn and part, role, places)."""
+    in pieces of (turn and part, role, row of the last block to start or -1)."""
     starts, looks, count = [], [], 0
     bases, last = [np.zeros(len(call.regions), int) for call in calls], None
     for region in frame.regions:
@@ -199,14 +200,14 @@ def _lie(frame: Frame, calls):
             for number, inner in enumerate(call.regions):
                 if inner.name == name:
                     bases[region.of][number] = count
-                    looks.append((last, place.asked.role, inner.places))
+                    looks.append((last, place.asked.role, call.rows[number]))
                     count += len(inner.places)
             starts.append(count)
         else:
             last = (region.of, region.name)
             starts.append(count)
             places = [None] if region.name == "update" else region.places  # the update comes in between
-            looks.append((last, ROLES[0], places))
+            looks.append((last, ROLES[0], np.full(len(places), -1)))
             count += len(places)
     for place, call, base in zip(frame.places, calls, bases):
         where = {(region.of, region.name): start for region, start in [*zip(frame.regions, starts)][::-1]}

@@ -2,8 +2,10 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Rehearsals of one teacher that share what they have in common: the same peaks as those of `rehearsal.rehearse`."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection
+import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +16,6 @@ from hf_flowdistill.planning.calls import Call, record
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.passes import Asked, Frame, assemble
 from hf_flowdistill.planning.rehearsal import BUFFERS, KEPT, LORA, WHEN, block_rows, extrapolated, shortened
-from hf_flowdistill.teachers.precision import floating_dtype
 
 
 class Unknown(Exception):
@@ -43,11 +44,12 @@ class Rehearsals:
             NotAlike: the networks' calls do not come apart; they have to be rehearsed as they are.
         """
         every = frozenset(self.longer)
-        base = self._rehearsed(case, views, every)
-        added = [(times, self._rehearsed(case, views, every - {block})) for block, times in self.longer.items()]
+        with _uncollected():
+            base = self._rehearsed(case, views, every)
+            added = [(times, self._rehearsed(case, views, every - {block})) for block, times in self.longer.items()]
         return extrapolated(base, added)
 
-    def _rehearsed(self, case, views, left_out: Collection) -> list[dict[tuple, Peak]]:
+    def _rehearsed(self, case, views, left_out: frozenset) -> list[dict[tuple, Peak]]:
         frame, calls = self._passes(case)
         names = {role: "teacher" if _is_role(case, role) else role for role in ROLES}
         taken = assemble(frame, [self._cut(call, left_out) for call in calls], names)
@@ -74,7 +76,7 @@ class Rehearsals:
 
     def _passes(self, case) -> tuple[Frame, list[Call]]:
         """What is around the networks, and the calls in it."""
-        dtypes = {role: floating_dtype(self._actor(case, role).plain) for role in ROLES}
+        dtypes = {role: self._actor(case, role).input_dtype for role in ROLES}
         precision = case.precision
         key = *dtypes.values(), precision.autocast, case.batch_size, case.share_rollout
         autocast = _autocast(case)
@@ -108,7 +110,7 @@ class Rehearsals:
         _, _, plain, trained, checkpointed, *_ = kind = self._kind(case, asked)
         actor = self._actor(case, asked.role)
         with actor.ready(plain, trained, checkpointed) as network:
-            call = record(network, asked.given, asked.grad, _autocast(case), asked.gradients, actor.rows)
+            call = record(network, asked.given, asked.grad, _autocast(case), asked.gradients, actor)
         self.calls[kind] = self.calls[(*kind[:-1], call.forms)] = call
 
     def _kind(self, case, asked: Asked) -> tuple:
@@ -138,19 +140,22 @@ class Rehearsals:
             self.actors[key] = Actor(self.transformer, dtype, settings)
         return self.actors[key]
 
-    def _cut(self, call: Call, left_out: Collection) -> Call:
+    def _cut(self, call: Call, left_out: frozenset) -> Call:
         key = id(call), left_out  # calls are kept
         if key not in self.cut:
             self.cut[key] = call.without(left_out)
         return self.cut[key]
 
-    def _update(self, case, role: str, left_out: Collection) -> Update:
-        key = self._actor_key(case, role), case.precision.rounding, case.use_8bit_adam, left_out
+    def _update(self, case, role: str, left_out: frozenset) -> Update:
+        parameters = self._actor(case, role).trained(left_out)
+        forms = tuple((parameter.shape, parameter.dtype) for parameter in parameters)
+        rounds = case.precision.rounding if torch.bfloat16 in {dtype for _, dtype in forms} else None
+        key = forms, rounds, case.use_8bit_adam
         if key not in self.updates:
-            self.updates[key] = measure_update(self._actor(case, role).trained(left_out), case.build_optimizer)
+            self.updates[key] = measure_update(parameters, case.build_optimizer)
         return self.updates[key]
 
-    def _values(self, case, left_out: Collection) -> dict[str, int]:
+    def _values(self, case, left_out: frozenset) -> dict[str, int]:
         """Component -> bytes of all networks."""
         sizes, average = {}, "average of the generator"
         for name, role in (("generator", "generator"), ("fake score", "fake_score"), (average, "generator")):
@@ -161,6 +166,18 @@ class Rehearsals:
                 sizes[name], sizes[name + BUFFERS] = actor.sizes(left_out, name == average)
         sizes["teacher"], sizes["teacher" + BUFFERS] = self._actor(case, "teacher").sizes(left_out)
         return sizes
+
+
+@contextlib.contextmanager
+def _uncollected():
+    """Without the garbage collector, which would look through all that is imported again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _is_role(case, role: str) -> bool:

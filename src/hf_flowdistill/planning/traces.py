@@ -78,20 +78,20 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = call(func, args, kwargs or {})
-        places = self.regions[-1].places
-        born = Moment(len(self.regions) - 1, len(places) + 1)
-        new = False
+        born = None
         for tensor in (output,) if isinstance(output, torch.Tensor) else tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 memory = memory_of(tensor)
-                if id(memory) not in self._live:
-                    new = True
-                    self.stays.append(self.expect(memory, born))
+                if (known := self._live.get(id(memory))) is not None:
+                    known[1].viewed = True
                 else:
-                    self._live[id(memory)][1].viewed = True
-        if new:
-            places.append(self.place)
+                    born = born or self._look()
+                    self.stays.append(self.expect(memory, born))
         return output
+
+    def _look(self) -> Moment:
+        self.regions[-1].places.append(self.place)
+        return self.now()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
