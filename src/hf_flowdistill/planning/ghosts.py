@@ -79,6 +79,7 @@ def _bytes(form) -> int:
 _KNOWN: dict[tuple, list] = {}  # call -> what `_learn` tells of it
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_FAKE.cache_enabled = False  # nothing is asked twice
 CPU = torch.device("cpu")
 ARGUMENT, VIEW, NEW, VALUE = range(4)  # what an output is
 
