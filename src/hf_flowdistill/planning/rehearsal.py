@@ -20,17 +20,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.roles import ROLES, Networks
+from hf_flowdistill.planning.ghosts import empty, seen
 from hf_flowdistill.planning.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.planning.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.training import optimizers
 
 
 LORA, BUFFERS = " (LoRA)", " (buffers)"  # at the end of a component's name
@@ -124,47 +125,68 @@ def rehearse(
         autocast: makes the context in which networks run forward.
         views: as for `MemoryTracker`; the components are in the text at the top.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = MemoryTracker(views)
-    with tracker:
-        _fill_networks(tracker, mode, networks, average)
-        optimizers = {}
+    with tracker, no_draws():
+        _fill_networks(tracker, networks, average)
+        built = {}
         for name, network in networks.trained().items():
-            optimizers[name] = _optimizer(tracker, network, build_optimizer)
+            built[name] = _optimizer(tracker, network, build_optimizer)
         tracker.forget_peaks()
-        turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
-        x0 = None
-        for turn, loss_of in turns[::-1] if share_rollout else turns:
-            trained, told = networks.trained()[turn], turn.replace("_", " ")
-            tracker.when = f"forward pass of the {told}'s turn"
-            _make_gradients(tracker, trained)
-            batch = _batch(mode, contract, batch_size)
-            batch.x0 = x0
-            with networks.training(turn):
-                with autocast():
-                    loss, _ = loss_of(networks, contract, batch, config)
-                tracker.when = f"backward pass of the {told}'s turn"
-                loss.backward()
-            x0 = batch.x0 if share_rollout else None
-            del batch, loss
-            tracker.when = f"update of the {told}"
-            _update(tracker, optimizers[turn], trained)
+
+        def stage(turn, part):
+            trained = networks.trained()[turn]
+            tracker.when = WHEN[part].format(turn.replace("_", " "))
+            if part == "forward":
+                _make_gradients(tracker, trained)
+            if part == "update":
+                _update(tracker, built[turn], trained)
+
+        play(networks, contract, config, stage, batch_size=batch_size, autocast=autocast, share_rollout=share_rollout)
     return tracker.peaks
 
 
-def _fill_networks(tracker, mode, networks: Networks, average) -> None:
+WHEN = {
+    "forward": "forward pass of the {}'s turn",
+    "backward": "backward pass of the {}'s turn",
+    "update": "update of the {}",
+}
+
+
+def play(networks, contract, config, stage, *, batch_size: int, autocast: Callable, share_rollout: bool) -> None:
+    """The passes of a micro-batch of both turns; arguments as for `rehearse`.
+
+    Args:
+        stage: called with the turn, and with what of it begins: a key of `WHEN`.
+    """
+    turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
+    x0 = None
+    for turn, loss_of in turns[::-1] if share_rollout else turns:
+        stage(turn, "forward")
+        batch = _batch(contract, batch_size)
+        batch.x0 = x0
+        with networks.training(turn):
+            with autocast():
+                loss, _ = loss_of(networks, contract, batch, config)
+            stage(turn, "backward")
+            loss.backward()
+        x0 = batch.x0 if share_rollout else None
+        del batch, loss
+        stage(turn, "update")
+
+
+def _fill_networks(tracker, networks: Networks, average) -> None:
     """Fake parameters and buffers in all networks, counted to their components; and their blocks' places noted."""
     named = {"generator": networks.generator, "fake score": networks.fake_score}
     named["average of the generator"] = average
     for name, network in named.items():
         with tracker.component(name + _mark(network)):
-            fill(network, mode)
+            fill(network)
         if not isinstance(network, Role):
             tracker.assign(network.buffers(), name + BUFFERS)
     teacher = networks.teacher  # after the adapters, which are inside where they share it
     transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
     with tracker.component("teacher"):
-        fill(transformer, mode)
+        fill(transformer)
     tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
     for name in ROLES:
         network = getattr(networks, name)
@@ -210,6 +232,12 @@ def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> lis
         if length > KEPT:
             more = [number + (i == row) for i, number in enumerate(kept)]
             added.append((length - KEPT, rehearse_one(shortened(transformer, more))))
+    return extrapolated(base, added)
+
+
+def extrapolated(base, added: Sequence[tuple[int, list]]) -> list[Peak]:
+    """The peak for each view, from those of all parts (what `rehearse` returns), and from (how many more blocks, those
+    with one more)."""
     peaks = []
     for view, parts in enumerate(base):
         whole = []
@@ -253,18 +281,31 @@ def shortened(transformer, lengths: Sequence[int] | None = None):
     return copy.deepcopy(transformer, memo)
 
 
-def fill(network, mode) -> None:
+def fill(network) -> None:
     """Fake tensors in place of the parameters and buffers of a network on the meta device."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None or tensor.device.type != "meta":
                     continue
-                with mode:
-                    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made = seen(empty(tensor.shape, tensor.dtype))
                 if isinstance(tensor, torch.nn.Parameter):
                     made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
                 tensors[name] = made
+
+
+@contextlib.contextmanager
+def no_draws():
+    """Stochastic rounding draws numbers for every parameter, which would take most of the time, and counts no bytes of
+    them: inside, it draws none."""
+    drawn, optimizers.half_words = optimizers.half_words, lambda *args: NO_DRAWS
+    try:
+        yield
+    finally:
+        optimizers.half_words = drawn
+
+
+NO_DRAWS = torch.zeros((), dtype=torch.int32)
 
 
 def _optimizer(tracker, network, build_optimizer):
@@ -292,10 +333,9 @@ def _update(tracker, optimizer, network) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _batch(mode, contract: Contract, size: int) -> SiDBatch:
+def _batch(contract: Contract, size: int) -> SiDBatch:
     def made(*shape, dtype=torch.float32):
-        with mode:
-            return torch.zeros(*shape, dtype=dtype)
+        return seen(empty(shape, dtype))
 
     def rows(number):
         return Conditioning(
