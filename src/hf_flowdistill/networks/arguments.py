@@ -10,6 +10,10 @@ from hf_flowdistill.networks.adapters import QUANTIZATIONS
 from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
 
 
+# Of adapters, as is usual for LoRAs; the paper's rate is of whole networks.
+LORA_LEARNING_RATE = 1e-4
+
+
 def add_network_arguments(parser) -> None:
     """Arguments of which networks there are, and of what is trained of them."""
     add = parser.add_argument_group("networks").add_argument
