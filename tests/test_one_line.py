@@ -26,6 +26,7 @@ from hf_flowdistill.planning.choices import CHECKPOINTING, SHARE
 from hf_flowdistill.planning.fit import SHARDINGS, _first_that_fits, _measure, _stage_of, fit
 from hf_flowdistill.training.fit_arguments import settle
 from hf_flowdistill.training.fsdp_config import not_honoured, take_fsdp_config
+from hf_flowdistill.training.recipes import parse_with_recipe
 
 
 RECIPES = SCRIPT.with_name("recipes")
@@ -47,9 +48,14 @@ OF = {  # published teacher -> its recipes, by the resolution that is asked for
 }
 
 
+def parse(words) -> list[Namespace]:
+    """What the script knows before it sees accelerators."""
+    return parse_with_recipe(train_sid_dit.make_parser(), words, train_sid_dit.check_args, RECIPES)
+
+
 def candidates(*more, teacher="sd3.5-large"):
     words = [f"--pretrained_model_name_or_path={published_teacher(teacher)}", "--prompt_file=x", "--report_to=none"]
-    return train_sid_dit.parse_candidates([*words, *more])
+    return parse([*words, *more])
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -80,12 +86,12 @@ def test_a_fine_tune_by_path_gets_its_bases_recipe(tmp_path, capsys):
     more = {"dual_attention_layers": [], "qk_norm": None, "_name_or_path": "me/mine"}
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
     words = [f"--pretrained_model_name_or_path={tmp_path / 'mine'}", "--prompt_file=x", "--report_to=none"]
-    assert [args.recipe for args in train_sid_dit.parse_candidates(words)] == ["sd3_medium_amp", "sd3_medium_bf16"]
+    assert [args.recipe for args in parse(words)] == ["sd3_medium_amp", "sd3_medium_bf16"]
     assert "stable-diffusion-3-medium-diffusers" in capsys.readouterr().err
 
 
 def test_a_teacher_that_nobody_knows_gets_the_defaults_at_its_own_resolution(capsys):
-    (args,) = train_sid_dit.parse_candidates(
+    (args,) = parse(
         [
             f"--pretrained_model_name_or_path={saved_teacher('stable_diffusion_3')}",
             "--prompt_file=x",
@@ -158,7 +164,7 @@ def test_a_recipe_that_there_is_not():
 
 def tiny(*more):
     words = arguments("run", "--images_per_update=16", train_batch_size=None, gradient_accumulation_steps=None)
-    return train_sid_dit.parse_candidates([*words, *more])[0]
+    return parse([*words, *more])[0]
 
 
 def test_numbers_of_an_update():
@@ -391,7 +397,7 @@ def test_the_command_alone_tells_what_it_would_do(hub, tmp_path):
     assert any(line.startswith("rehearsed, each process takes at its peak") for line in printed)
     assert any(line.startswith("images per update: 256 = 8 processes x ") for line in printed)
     assert printed[-1] == "time: 277.8 hours for the paper, which had 8 H100 GPUs of 80 GB"
-    recipe, prompts = [line for line in done.stderr.splitlines() if line.startswith(("recipe: ", "prompts: "))]
+    prompts, recipe = [line for line in done.stderr.splitlines() if line.startswith(("recipe: ", "prompts: "))]
     assert recipe.startswith(
         "recipe: sd3.5_large_amp or sd3.5_large_bf16, since stabilityai/stable-diffusion-3.5-large"
     )
@@ -432,7 +438,7 @@ def test_a_teacher_that_ships_prompts_is_trained_on_them(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "prompts.txt").write_text("red square\n")
-    (args,) = train_sid_dit.parse_candidates([f"--pretrained_model_name_or_path={folder}", "--report_to=none"])
+    (args,) = parse([f"--pretrained_model_name_or_path={folder}", "--report_to=none"])
     assert args.prompt_file == str(folder / "prompts.txt") and args.dataset_name is None
 
 

@@ -5,6 +5,7 @@
 import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT / "examples"))
     for place in ("score_distillation", "shapes")
     for path in (ROOT / "examples" / place).glob("*.py")
-    if "parse_args()" in path.read_text() or "parse_args(input_args)" in path.read_text()
+    if re.search(r"= parse_(args|given)\(|parser.parse_args\((input_args)?\)", path.read_text())
 )
 LIGHT = ("yaml",)  # what may be imported, beside Python's own modules and ours
 CLIENT = ("huggingface_hub.hf_api", "huggingface_hub.repocard")  # besides, by those of
@@ -93,12 +94,13 @@ REFUSED = {  # script or command -> a refusal, words that lead to it
         lambda: [TEACHER, '--pipeline_kwargs={"guidance_scale": 2}'],
     ),
     "no LoRA": (TRAIN, "--rank is of LoRAs", lambda: [TEACHER, *prompts(), "--rank=4"]),
-    "no shards": (TRAIN, "--cpu_offload is of sharded", lambda: [TEACHER, *prompts(), "--cpu_offload"]),
+    "no shards": (TRAIN, "--cpu_offload is of sharded", lambda: [TEACHER, *prompts(), "--cpu_offload", "--fit=none"]),
     "no stage": (TRAIN, "is of the adversarial stage", lambda: [TEACHER, *prompts(), "--adversarial_weight=1"]),
     "no tracker": (TRAIN, "is not installed here", lambda: [TEACHER, *prompts(), "--report_to=paper"]),
     "a file": (TRAIN, "is a file: choose", lambda: [TEACHER, *prompts(), f"--output_dir={file('note')}"]),
     "in use": (TRAIN, "is not empty: choose", lambda: [TEACHER, *prompts(), f"--output_dir={file('note').parent}"]),
-    "no prompts": (TRAIN, "the prompts are missing", lambda: [TEACHER]),
+    "prompts twice": (TRAIN, "the prompts are given twice", lambda: [TEACHER, *prompts(), "--dataset_name=x"]),
+    "no recipe": (TRAIN, "is none of those here", lambda: [TEACHER, *prompts(), "--recipe=none_such"]),
     "no prompt file": (TRAIN, "does not exist: give a text", lambda: [TEACHER, "--prompt_file=no", *output()]),
     "an empty file": (
         TRAIN,
@@ -157,7 +159,7 @@ def test_a_refusal_answers_at_once(case):
 
 
 def test_every_script_is_looked_at():
-    assert {TRAIN, DRAW, "shapes/demo.py", "shapes/train_flux_teacher.py"} <= set(SCRIPTS) and len(SCRIPTS) == 9
+    assert {TRAIN, DRAW, "shapes/demo.py", "shapes/train_flux_teacher.py"} <= set(SCRIPTS) and len(SCRIPTS) == 10
     assert {what for what, _, _ in REFUSED.values()} >= set(COMMANDS)
 
 

@@ -34,7 +34,7 @@ from hf_flowdistill.training.arguments import (
     check_teacher_arguments,
 )
 from hf_flowdistill.training.fit_arguments import add_fit_arguments, images_of_update
-from hf_flowdistill.training.recipes import add_recipe_argument, parse_with_recipe
+from hf_flowdistill.training.recipes import add_recipe_argument, parse_given, parse_with_recipe
 
 
 logger = logging.getLogger("hf_flowdistill.train_sid_dit")
@@ -42,8 +42,7 @@ logger = logging.getLogger("hf_flowdistill.train_sid_dit")
 RECIPES = Path(__file__).resolve().with_name("recipes")
 
 
-def parse_candidates(input_args=None) -> list:
-    """The arguments, for every precision of the recipe: which one fits is seen when the accelerators are."""
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train_sid_dit.py",
         usage="train_sid_dit.py --pretrained_model_name_or_path PATH [arguments below]",
@@ -60,7 +59,7 @@ def parse_candidates(input_args=None) -> list:
     add_fit_arguments(parser)
     add_output_arguments(parser, name="sid-dit")
     add_plan_arguments(parser)
-    return parse_with_recipe(parser, input_args, check_args, RECIPES)
+    return parser
 
 
 def check_args(args) -> None:
@@ -76,7 +75,7 @@ def check_args(args) -> None:
 
 def parse_args(input_args=None):
     """The arguments, in the recipe's first precision."""
-    return parse_candidates(input_args)[0]
+    return parse_with_recipe(make_parser(), input_args, check_args, RECIPES)[0]
 
 
 def train(run, stopped) -> bool:
@@ -139,11 +138,12 @@ def train(run, stopped) -> bool:
 
 
 def main(input_args=None):
-    candidates = parse_candidates(input_args)
-    args = candidates[0]
+    parser = make_parser()
+    args = parse_given(parser, input_args, check_args, RECIPES)
     processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
     check_parts(args, images_of_update(args, processes))
     prompts = read_training_prompts(args, of_images=bool(args.adversarial))
+    candidates = parse_with_recipe(parser, input_args, check_args, RECIPES)  # which one fits is seen below
 
     # what computes is imported here, since it takes seconds that help and refusals need not wait
     from hf_flowdistill.methods.sid import SiD

@@ -82,10 +82,10 @@ def read_training_prompts(args, *, of_images: bool) -> list[str]:
     if of_images:
         return [] if args.dry_run is None else _read_captions(args)
     if args.prompts_per_part:
-        if args.dataset_name == DATASET:
-            say(f"prompts: those of the paper, {DATASET}, {args.prompts_per_part} at a time")
         if not prompt_parts_dir(args).is_dir():
             _check_reachable(args.dataset_name)
+        if args.dataset_name == DATASET:
+            say(f"prompts: those of the paper, {DATASET}, {args.prompts_per_part} at a time")
         return []
     if args.dataset_name:
         return read_dataset(args.dataset_name, args.dataset_config_name, args.caption_column)

@@ -7,9 +7,6 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
 
 
-LORA_LEARNING_RATE = 1e-4  # of adapters; the paper's are of whole networks
-
-
 LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA scripts train at; of the shapes teacher's LoRAs see docs/memory.md
 
 

@@ -49,26 +49,40 @@ def add_recipe_argument(parser) -> None:
     )
 
 
-def parse_with_recipe(parser, input_args, check: Callable[[Namespace], None], folder: Path) -> list[Namespace]:
-    """The arguments with those of the recipe, a namespace for every precision that the recipe has: the first is the
-    paper's first choice, and which one fits is not known yet. A line on the screen says which was taken and why.
+def parse_given(parser, input_args, check: Callable[[Namespace], None], folder: Path) -> Namespace:
+    """The arguments as far as they are known without asking what the teacher is: what is wrong with them is refused.
 
     Args:
-        check: fills in and refuses, in place; called before anything is asked of the Hub, too.
+        check: fills in and refuses, in place.
         folder: of the recipes.
 
     Raises:
         UserError: a mistake in the arguments, or there is no such recipe.
     """
+    args = parser.parse_args(input_args)
+    if args.recipe not in (AUTO, NONE):  # which may name the teacher
+        args = parser.parse_args(input_args, before=_words(parser, _named(args.recipe, folder), args))
+    check(args)
+    return args
+
+
+def parse_with_recipe(parser, input_args, check: Callable[[Namespace], None], folder: Path) -> list[Namespace]:
+    """The arguments with those of the recipe, a namespace for every precision that the recipe has: the first is the
+    paper's first choice, and which one fits is not known yet. A line on the screen says which was taken and why.
+
+    Args:
+        check, folder: as for `parse_given`.
+
+    Raises:
+        UserError: a mistake in the arguments, or there is no such recipe.
+    """
     given = parser.parse_args(input_args)
-    if given.recipe in (AUTO, NONE):
-        check(parser.parse_args(input_args))
     found = find_recipes(given, folder)
     own = [] if found.resolution is None else [f"--resolution={found.resolution}"]
     parsed = []
     for name in found.names or [NONE]:
-        words = [*own, *([] if name == NONE else _words(parser, folder / f"{name}.yaml", given))]
-        args = parser.parse_args(input_args, before=words)
+        words = [] if name == NONE else _words(parser, _named(name, folder), given)
+        args = parser.parse_args(input_args, before=[*own, *words])
         args.recipe = name
         check(args)
         parsed.append(args)
@@ -77,13 +91,10 @@ def parse_with_recipe(parser, input_args, check: Callable[[Namespace], None], fo
 
 
 def find_recipes(args, folder: Path) -> Found:
-    """Which recipes are those of the arguments, as they were given; UserError if one is named that does not exist."""
+    """Which recipes are those of the arguments, as they were given."""
     if args.recipe == NONE:
         return Found([], "as asked for; the script's defaults hold", own_resolution(args))
     if args.recipe != AUTO:
-        if not (folder / f"{args.recipe}.yaml").is_file() or f"{args.recipe}.yaml" == TEACHERS_FILE:
-            names = sorted(path.stem for path in folder.glob("*.yaml") if path.name != TEACHERS_FILE)
-            raise UserError(f"--recipe {args.recipe} is none of those here: choose auto, none, {', '.join(names)}.")
         return Found([args.recipe], "as asked for")
     recorded = recorded_recipe(args)
     if recorded is not None:
@@ -104,6 +115,14 @@ def find_recipes(args, folder: Path) -> Found:
     of = recipes[names[0]]["pretrained_model_name_or_path"]
     layers = f"{config['num_layers']} layers of {config['num_attention_heads']} heads"
     return Found(names, f"since {of} is {config['_class_name']} of {layers} too ({teacher})")
+
+
+def _named(name: str, folder: Path) -> Path:
+    """The file of a recipe; UserError if there is none."""
+    names = sorted(path.stem for path in folder.glob("*.yaml") if path.name != TEACHERS_FILE)
+    if name not in names:
+        raise UserError(f"--recipe {name} is none of those here: choose auto, none, {', '.join(names)}.")
+    return folder / f"{name}.yaml"
 
 
 def paper_time(name: str, folder: Path) -> tuple[float, str] | None:
