@@ -12,7 +12,7 @@ from teacher_cases import learned
 
 from hf_flowdistill import flow
 from hf_flowdistill.cli import ArgumentParser
-from hf_flowdistill.data.prompts import PromptStream
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.methods.freeflow import FreeFlow
 from hf_flowdistill.methods.freeflow_arguments import add_freeflow_arguments, check_freeflow_arguments

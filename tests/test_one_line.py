@@ -390,10 +390,12 @@ def the_line(hub, home, *more, launch=("-m", "accelerate.commands.accelerate_cli
 def test_the_command_alone_tells_what_it_would_do(hub, tmp_path):
     hub.publish(LARGE, files_of(published_teacher("sd3.5-large")))
     done = the_line(hub, tmp_path, "--dry_run", 8, "--device_memory", 80)
-    printed = done.stdout.splitlines()
+    printed = done.stdout.replace(str(SCRIPT), str(SCRIPT.relative_to(ROOT))).splitlines()
+    shown = SCRIPT.with_name("README.md").read_text().split("```\nteacher: ")[1].split("\n```")[0].splitlines()
+    assert ["teacher: " + shown[0], *shown[1:]] == printed
     assert printed[:2] == [f"teacher: {LARGE}", "recipe: sd3.5_large_amp"]
     assert printed[2].startswith("fit: float32 weights, in shards (full), ")
-    assert "prompts: 4,096 distinct, 22.38 GB of conditioning" in printed
+    assert f"prompts: 4,096 at a time, of {DATASET}, 22.38 GB of conditioning" in printed
     assert any(line.startswith("rehearsed, each process takes at its peak") for line in printed)
     assert any(line.startswith("images per update: 256 = 8 processes x ") for line in printed)
     assert printed[-1] == "time: 277.8 hours for the paper, which had 8 H100 GPUs of 80 GB"

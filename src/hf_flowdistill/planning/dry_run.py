@@ -68,7 +68,7 @@ def print_plan(args, prompts: Sequence[str], accelerator, chosen: Sequence[str],
         f"pipeline: {type(skeleton).__name__}",
         f"transformer: {type(skeleton.transformer).__name__}",
         *describe_networks(skeleton),
-        *describe_sizes(path, sizes, args.prompts_per_part or len(set(prompts)), **calls),
+        *describe_sizes(path, sizes, *number_of(args, prompts), **calls),
         *describe_roles(skeleton.transformer, roles),
         describe_precision(case),
         *describe_memory(skeleton.transformer, case.precision.dtype, roles, shards, args.cpu_offload, **settings),
@@ -102,12 +102,19 @@ def describe_peak(path, case: Case, processes: int, sharding: str, **stage) -> l
 
 
 def describe_sizes(
-    path, sizes: list[tuple[int, int]], prompts: int, *, pipeline_kwargs: dict[str, Any] | None = None, **origin
+    path,
+    sizes: list[tuple[int, int]],
+    prompts: int,
+    what: str = "distinct",
+    *,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    **origin,
 ) -> list[str]:
     """Lines: image and text as the transformer sees them at all `sizes` (height, width), and what is kept of the text.
 
     Args:
-        prompts: how many distinct ones.
+        prompts: how many distinct ones are encoded.
+        what: says so behind their number.
         pipeline_kwargs: of every call of the teacher's pipeline.
         origin: as for `load_skeleton`.
     """
@@ -124,8 +131,15 @@ def describe_sizes(
     least = " or more" if shapes[0].longer_with_prompt else ""
     return [
         *dict.fromkeys(line for same_kind in zip(*described) for line in same_kind),
-        f"prompts: {prompts:,} distinct, {together / 1e9:,.2f} GB{least} of conditioning",
+        f"prompts: {prompts:,} {what}, {together / 1e9:,.2f} GB{least} of conditioning",
     ]
+
+
+def number_of(args, prompts: Sequence[str]) -> tuple[int, str]:
+    """How many prompts are encoded at a time, and which these are."""
+    if args.prompts_per_part:
+        return args.prompts_per_part, f"at a time, of {args.dataset_name}"
+    return len(set(prompts)), "distinct"
 
 
 def describe_precision(case: Case) -> str:
