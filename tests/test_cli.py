@@ -14,6 +14,12 @@ from training_helpers import PIPELINE_KWARGS, ROOT, folder, quiet, run_command, 
 
 from hf_flowdistill.cli import COUNT, POSITIVE, ArgumentParser, json_object, main
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.planning import kept
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "plans")
 
 
 def test_arguments_that_would_be_ignored(tmp_path):

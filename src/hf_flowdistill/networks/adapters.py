@@ -65,6 +65,8 @@ class SharedBase:
         with torch.no_grad():  # "gaussian" as peft has it, from numbers of our own
             for name, layer in self.layers.items():
                 first = layer.lora_A[adapter].weight
+                if first.is_meta:
+                    continue
                 first.copy_(normal(first.shape, self.seed, "adapter", len(self.adapters), name) / self.rank)
         self.adapters.append(adapter)
         self._switch(self.active)

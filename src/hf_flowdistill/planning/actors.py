@@ -12,8 +12,9 @@ import torch
 
 from hf_flowdistill.networks.adapters import Role
 from hf_flowdistill.networks.roles import RoleSettings
+from hf_flowdistill.planning.few_blocks import block_rows
 from hf_flowdistill.planning.ghosts import Ghost, empty, memory_of
-from hf_flowdistill.planning.rehearsal import block_rows, fill, no_draws
+from hf_flowdistill.planning.rehearsal import fill, no_draws
 from hf_flowdistill.planning.traces import Recorder
 from hf_flowdistill.teachers.precision import cast, floating_dtype
 

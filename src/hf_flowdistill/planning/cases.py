@@ -14,15 +14,9 @@ from hf_flowdistill.methods.sid import SCALES, SiDConfig, check_unguided
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
 from hf_flowdistill.networks.roles import Networks, RoleSettings
+from hf_flowdistill.planning.few_blocks import rehearse_blocks, shortened
 from hf_flowdistill.planning.memory_tracker import Peak
-from hf_flowdistill.planning.rehearsal import (
-    BUFFERS,
-    LORA,
-    embeds_guidance,
-    rehearse,
-    rehearse_blocks,
-    stand_in_contract,
-)
+from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, embeds_guidance, rehearse, stand_in_contract
 from hf_flowdistill.planning.shared import Rehearsals
 from hf_flowdistill.planning.sizes import count
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
@@ -94,7 +88,8 @@ class Stage:
         """
         size, skeleton = {"height": height, "width": width}, load_skeleton(path, **origin)
         transformer, guided = skeleton.transformer, can_be_guided(skeleton)
-        shapes = measure_shapes(load_skeleton(path, **origin), **size, pipeline_kwargs=pipeline_kwargs)
+        skeleton.register_modules(transformer=shortened(transformer))  # few blocks are given what all are
+        shapes = measure_shapes(skeleton, **size, pipeline_kwargs=pipeline_kwargs)
         contract = stand_in_contract(shapes, **size)
         embeds = embeds_guidance(contract)
         given = {name: value for name, value in (guidance or {}).items() if value is not None}

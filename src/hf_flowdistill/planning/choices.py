@@ -120,30 +120,21 @@ def list_choices(
     kept = Kept(teacher_key(path, **origin), size, rank, guidance_mode, pipeline_kwargs, share_rollout)
     stage = None
     rows = list(_rows(gpus, networks, checkpointing, batch_sizes))
-    for row in progress(rows):
-        roles = RoleSettings(row.networks, rank, base_quantization=row.base)
-        checkpointed = CHECKPOINTING[row.checkpointing]
-        case = Case(roles, row.precision, checkpointed, row.batch_size, row.cached, share_rollout)
-        if (key := repr((row, gpus))) not in kept.rows:
-            guidance = {"guidance_mode": guidance_mode}
-            stage = stage or Stage.of(path, **size, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
-            kept.rows[key] = case.memory(stage, gpus, row.shardings)
-        for kind, (peak, begin, waiting) in zip(row.shardings, kept.rows[key]):
-            choice = Choice(
-                networks=row.networks,
-                base_quantization=row.base,
-                precision=row.precision_name,
-                sharding=kind,
-                batch_size=row.batch_size,
-                gradient_checkpointing=row.checkpointing,
-                peak=peak,
-                begin=begin,
-                main_memory=waiting,
-                command=_command(path, gpus, case, SHARDING_PLANS[kind], arguments),
-            )
-            yield choice.in_memory(memory)
-    if stage:
-        kept.save()
+    try:
+        for row in progress(rows):
+            roles = RoleSettings(row.networks, rank, base_quantization=row.base)
+            checkpointed = CHECKPOINTING[row.checkpointing]
+            case = Case(roles, row.precision, checkpointed, row.batch_size, row.cached, share_rollout)
+            if (key := repr((row, gpus))) not in kept.rows:
+                guidance = {"guidance_mode": guidance_mode}
+                stage = stage or Stage.of(path, **size, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
+                kept.rows[key] = case.memory(stage, gpus, row.shardings)
+            for kind, (peak, begin, waiting) in zip(row.shardings, kept.rows[key]):
+                command = _command(path, gpus, case, SHARDING_PLANS[kind], arguments)
+                yield row.choice(kind, peak, begin, waiting, command).in_memory(memory)
+    finally:
+        if stage:
+            kept.save()
 
 
 class _Row(NamedTuple):
@@ -157,6 +148,11 @@ class _Row(NamedTuple):
     batch_size: int
     cached: bool
     shardings: list[str]
+
+    def choice(self, sharding: str, peak: Peak, begin: Start, main_memory: float, command: str) -> Choice:
+        networks, base, precision = self.networks, self.base, self.precision_name
+        how = networks, base, precision, sharding, self.batch_size, self.checkpointing
+        return Choice(*how, peak, begin, main_memory, command)
 
 
 def _rows(gpus: int, networks, checkpointing, batch_sizes) -> Iterator[_Row]:

@@ -13,9 +13,10 @@ import torch
 from hf_flowdistill.networks.roles import ROLES, TRAINED
 from hf_flowdistill.planning.actors import Actor, Update, measure_update
 from hf_flowdistill.planning.calls import Call, record
+from hf_flowdistill.planning.few_blocks import KEPT, block_rows, extrapolated, shortened
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.passes import Asked, Frame, assemble
-from hf_flowdistill.planning.rehearsal import BUFFERS, KEPT, LORA, WHEN, block_rows, extrapolated, shortened
+from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, WHEN
 
 
 class Unknown(Exception):

@@ -13,9 +13,10 @@ import transformers
 from torch.utils._pytree import tree_map_only
 
 from hf_flowdistill.networks.placement import has_room
+from hf_flowdistill.planning.few_blocks import shortened
 from hf_flowdistill.planning.ghosts import empty, seen
 from hf_flowdistill.planning.memory_tracker import MemoryTracker
-from hf_flowdistill.planning.rehearsal import fill, shortened
+from hf_flowdistill.planning.rehearsal import fill
 from hf_flowdistill.planning.skeleton import Shapes
 
 
