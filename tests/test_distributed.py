@@ -362,6 +362,6 @@ def test_launches_that_would_be_computed_wrongly():
     for precision in ("fp16", "fp8"):
         with pytest.raises(UserError, match=f"mixed precision {precision} was launched.*bf16 or no"):
             check_accelerator(accelerator(precision, "NO"))
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for kind in ("DEEPSPEED", "MEGATRON_LM"):
         with pytest.raises(UserError, match=f"{kind} was launched, but the script shards by itself: launch with"):
             check_accelerator(accelerator("bf16", kind))

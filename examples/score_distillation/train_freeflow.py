@@ -127,7 +127,8 @@ def train(run, stopped) -> bool:
 
 def main(input_args=None):
     args = parse_args(input_args)
-    check_parts(args, images_of_update(args, int(os.environ.get("WORLD_SIZE", 1))))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    check_parts(args, images_of_update(args, processes), processes)
     prompts = read_training_prompts(args, of_images=False)
 
     # what computes is imported here, since it takes seconds that help and refusals need not wait

@@ -141,7 +141,7 @@ def main(input_args=None):
     parser = make_parser()
     args = parse_given(parser, input_args, check_args, RECIPES)
     processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
-    check_parts(args, images_of_update(args, processes))
+    check_parts(args, images_of_update(args, processes), processes)
     prompts = read_training_prompts(args, of_images=bool(args.adversarial))
     candidates = parse_with_recipe(parser, input_args, check_args, RECIPES)  # which one fits is seen below
 

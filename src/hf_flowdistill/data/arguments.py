@@ -162,12 +162,14 @@ def check_image_arguments(args) -> None:
     _check_own_cache(args, "image_cache_dir", "image")
 
 
-def check_parts(args, update: int) -> None:
+def check_parts(args, update: int, processes: int) -> None:
     """Raise `UserError` if a part, which all processes share, is smaller than their update, of `update` images."""
     for name in ("images_per_part", "prompts_per_part"):
         size = getattr(args, name, None)  # not every script has images
         if size is not None and size < update:
-            raise UserError(f"--{name} is {size}: it must be at least an update's images, which are {update}.")
+            raise UserError(
+                f"--{name} is {size}: it must be at least an update's images, which are {update} of {processes} processes together."
+            )
 
 
 def image_cache_dir(args) -> Path:

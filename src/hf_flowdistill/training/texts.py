@@ -45,7 +45,7 @@ class Texts:
 
     @property
     def pairs(self) -> ImagePairs | None:
-        return self.parts if isinstance(self.parts, ImagePairs) else None
+        return None if isinstance(self.parts, PromptParts) else self.parts
 
     @property
     def state(self) -> dict:
