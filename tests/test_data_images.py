@@ -572,10 +572,10 @@ def test_arguments():
 
 def test_a_part_is_an_update_of_all_processes():
     args = arguments("--adversarial", "--images_per_part=24")
-    check_parts(args, 3)
-    with pytest.raises(UserError, match="is 24: it must be .*, which are 32: 4 processes x 4 micro-batches x 2"):
-        check_parts(args, 4)
-    check_parts(arguments("--adversarial"), 4)
+    check_parts(args, 24, 3)
+    with pytest.raises(UserError, match="is 24: it must be .*, which are 32 of 4 processes"):
+        check_parts(args, 32, 4)
+    check_parts(arguments("--adversarial"), 32, 4)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

@@ -168,7 +168,8 @@ def check_parts(args, update: int, processes: int) -> None:
         size = getattr(args, name, None)  # not every script has images
         if size is not None and size < update:
             raise UserError(
-                f"--{name} is {size}: it must be at least an update's images, which are {update} of {processes} processes together."
+                f"--{name} is {size}: it must be at least an update's images, which are {update} of {processes} "
+                "processes together."
             )
 
 
