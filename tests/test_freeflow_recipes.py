@@ -21,7 +21,7 @@ PAPER = {  # resolution, iterations, jumps, guidance interval, alpha, iterations
 
 
 def parsed(*words):
-    words = ("--pretrained_model_name_or_path=x", "--prompt_file=x", "--report_to=none", *words)
+    words = ("--pretrained_model_name_or_path=a/b", "--prompt_file=x", "--report_to=none", *words)
     return train_freeflow.parse_args(list(words))
 
 

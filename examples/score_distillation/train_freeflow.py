@@ -28,7 +28,7 @@ from hf_flowdistill.training.arguments import (
     check_output_arguments,
     check_teacher_arguments,
 )
-from hf_flowdistill.training.fit_arguments import images_of_update
+from hf_flowdistill.training.fit_arguments import settle
 
 
 logger = logging.getLogger("hf_flowdistill.train_freeflow")
@@ -58,10 +58,11 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     check_teacher_arguments(args)
     check_prompt_arguments(args)
-    check_freeflow_arguments(args)
     check_network_arguments(args)
     check_optimization_arguments(args)
     check_output_arguments(args)
+    settle(args, int(os.environ.get("WORLD_SIZE", 1)))
+    check_freeflow_arguments(args)
     return args
 
 
@@ -127,8 +128,7 @@ def train(run, stopped) -> bool:
 
 def main(input_args=None):
     args = parse_args(input_args)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    check_parts(args, images_of_update(args, processes), processes)
+    check_parts(args, args.images_per_update, int(os.environ.get("WORLD_SIZE", 1)))
     prompts = read_training_prompts(args, of_images=False)
 
     # what computes is imported here, since it takes seconds that help and refusals need not wait
