@@ -45,7 +45,7 @@ def main():
         plans, teacher = found.get(name, {}), published_teacher(name)
         for gpus in args.gpus:
             settings = {"gpus": gpus, "memory": 0, "batch_sizes": args.train_batch_size, **size}
-            settings["checkpointing"] = args.checkpointing
+            settings |= {"checkpointing": args.checkpointing, "keep": False}
             plan = {"": list(list_choices(teacher, **settings))}
             print(f"{name}: {time.process_time() - seconds:.0f} CPU seconds for a plan", flush=True)
             if gpus == 1:

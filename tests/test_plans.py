@@ -166,6 +166,8 @@ def test_what_was_rehearsed_is_kept(monkeypatch):
         patch.setattr(kept, "_version", lambda name: "another")
         with pytest.raises(AssertionError, match="once more"):
             plan()
+        with pytest.raises(AssertionError, match="once more"):
+            plan(keep=False)
     both = plan(batch_sizes=[1, 2])
     assert [choice for choice in both if choice.batch_size == 1] == first
     assert len(json.loads(file.read_text())) == 2 * len(rows)

@@ -95,9 +95,10 @@ def list_choices(
     share_rollout: bool = False,
     arguments: str = "",
     progress: Callable = lambda cases: cases,
+    keep: bool = True,
     **origin,
 ) -> Iterator[Choice]:
-    """Every choice for the teacher at `path`, one after the other as it is rehearsed, or found among what is `Kept`.
+    """Every choice for the teacher at `path`, one after the other as it is rehearsed.
 
     Args:
         gpus: how many processes, with an accelerator each.
@@ -109,6 +110,7 @@ def list_choices(
         pipeline_kwargs: of every call of the teacher's pipeline.
         arguments: more of the command.
         progress: wraps what is rehearsed one after the other, e.g. `tqdm`.
+        keep: whether what was rehearsed before is taken, and what is rehearsed now is kept (`Kept`).
         origin: `revision` and `cache_dir`, as for `load_skeleton`.
 
     Raises:
@@ -117,14 +119,12 @@ def list_choices(
     """
     read_index(path, **origin)
     size = {"height": height, "width": width}
-    kept = Kept(teacher_key(path, **origin), size, rank, guidance_mode, pipeline_kwargs, share_rollout)
+    teacher = teacher_key(path, **origin) if keep else None
+    kept = Kept(teacher, size, rank, guidance_mode, pipeline_kwargs, share_rollout)
     stage = None
-    rows = list(_rows(gpus, networks, checkpointing, batch_sizes))
     try:
-        for row in progress(rows):
-            roles = RoleSettings(row.networks, rank, base_quantization=row.base)
-            checkpointed = CHECKPOINTING[row.checkpointing]
-            case = Case(roles, row.precision, checkpointed, row.batch_size, row.cached, share_rollout)
+        for row in progress(list(_rows(gpus, networks, checkpointing, batch_sizes))):
+            case = row.case(rank, share_rollout)
             if (key := repr((row, gpus))) not in kept.rows:
                 guidance = {"guidance_mode": guidance_mode}
                 stage = stage or Stage.of(path, **size, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
@@ -148,6 +148,11 @@ class _Row(NamedTuple):
     batch_size: int
     cached: bool
     shardings: list[str]
+
+    def case(self, rank: int, share_rollout: bool) -> Case:
+        roles = RoleSettings(self.networks, rank, base_quantization=self.base)
+        checkpointed = CHECKPOINTING[self.checkpointing]
+        return Case(roles, self.precision, checkpointed, self.batch_size, self.cached, share_rollout)
 
     def choice(self, sharding: str, peak: Peak, begin: Start, main_memory: float, command: str) -> Choice:
         networks, base, precision = self.networks, self.base, self.precision_name
