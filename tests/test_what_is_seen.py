@@ -47,7 +47,7 @@ def test_a_run_says_what_it_reads_and_where_it_goes_on(tmp_path):
         assert re.search(cut, text)
         bars = [line for line in lines if "img/s" in line or "s/img" in line]
         assert bars and max(map(len, bars)) <= 100
-        assert re.search(r"\[\d\d:\d\d<.*, k=[12] gap \d.* spread \d", bars[-1])
+        assert re.search(r"\[\d\d:\d\d<.*, k=[12] gap \d", bars[-1])
         rest = [line for line in lines if line not in bars]
         assert len(set(rest)) == len(rest) and "RANK" not in text and "Failed to load" not in text
 
