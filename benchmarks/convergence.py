@@ -28,13 +28,14 @@ import torch  # noqa: E402
 import train_sid_dit  # noqa: E402
 from study import predict_x0  # noqa: E402
 
-from demo import HERE, Judge, judge_checkpoints, load_pipelines, plt  # noqa: E402
+from arguments import HERE  # noqa: E402
 from hf_flowdistill import flow  # noqa: E402
 from hf_flowdistill.cli import silence_libraries  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells, save_report  # noqa: E402
 from hf_flowdistill.losses.sid import x0_statistics  # noqa: E402
 from hf_flowdistill.methods.sid import generate  # noqa: E402
+from judging import Judge, judge_checkpoints, load_pipelines, plt  # noqa: E402
 
 
 UNGUIDED = ["--fake_guidance_scale", "1", "--fake_train_guidance_scale", "1"]

@@ -45,11 +45,11 @@ def main():
         plans, teacher = found.get(name, {}), published_teacher(name)
         for gpus in args.gpus:
             settings = {"gpus": gpus, "memory": 0, "batch_sizes": args.train_batch_size, **size}
-            settings["checkpointing"] = args.checkpointing
-            plan = {"": list_choices(teacher, **settings)}
+            settings |= {"checkpointing": args.checkpointing, "keep": False}
+            plan = {"": list(list_choices(teacher, **settings))}
             print(f"{name}: {time.process_time() - seconds:.0f} CPU seconds for a plan", flush=True)
             if gpus == 1:
-                plan[f", rank {SMALL['rank']}"] = list_choices(teacher, **settings, **SMALL)
+                plan[f", rank {SMALL['rank']}"] = list(list_choices(teacher, **settings, **SMALL))
             for more, choices in plan.items():
                 for memory in MACHINES[gpus]:
                     there = [choice.in_memory(memory * 1e9) for choice in choices]

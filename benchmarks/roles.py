@@ -17,13 +17,15 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples" / "shapes")]
 
 import torch  # noqa: E402
 
-from demo import HERE, Judge, load_pipelines, train  # noqa: E402
+from arguments import HERE  # noqa: E402
+from demo import train  # noqa: E402
 from hf_flowdistill.cli import silence_libraries  # noqa: E402
 from hf_flowdistill.errors import exit_on_user_error  # noqa: E402
 from hf_flowdistill.evaluation.report import format_cells  # noqa: E402
 from hf_flowdistill.networks.loading import load_pipeline  # noqa: E402
 from hf_flowdistill.networks.roles import RoleSettings  # noqa: E402
 from hf_flowdistill.planning.sizes import training_memory  # noqa: E402
+from judging import Judge, load_pipelines  # noqa: E402
 
 
 BF16 = {"weight_dtype": "bfloat16"}

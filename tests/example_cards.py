@@ -11,10 +11,10 @@ from score_distillation import train_sid_dit
 
 from hf_flowdistill.hub.card import render_card
 from hf_flowdistill.hub.secrets import without_secrets
+from hf_flowdistill.training.fit_arguments import settle
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "examples" / "score_distillation" / "recipes"
 EXAMPLES = ROOT / "model_cards" / "examples"
 NOTE = """> An example: what the export writes for a student of this teacher before anything is measured.
 > No such student has been trained yet.
@@ -52,8 +52,8 @@ STUDENTS = {  # recipe -> class of the teacher's pipeline
 
 
 def example_card(recipe) -> str:
-    words = [f"--config={RECIPES / recipe}.yaml", "--prompt_file=prompts.txt", "--report_to=none"]
-    args = train_sid_dit.parse_args(words)
+    args = train_sid_dit.parse_args([f"--recipe={recipe}", "--prompt_file=prompts.txt", "--report_to=none"])
+    settle(args, 8)
     teacher, pipeline_class = args.pretrained_model_name_or_path, STUDENTS[recipe]
     carried = dict(TEACHER_CARDS.get(teacher, {}))
     if "license_link" in carried:

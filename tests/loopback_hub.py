@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""A Hub on 127.0.0.1 for the real client: models only, in memory, with faults by route. Standard library only.
+"""A Hub on 127.0.0.1 for the real client: models, and datasets to read, in memory, with faults by route.
+
+Standard library only.
 
 It keeps an upload only when it is complete and its sha256 is right, refuses a commit that names a missing object or
 whose parent is not the head, and sends downloads of large files to another origin, where no token may arrive.
@@ -23,23 +25,24 @@ import yaml
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
+API = "/api/(?:models|datasets)"
 ROUTES = (  # name, method, path
     ("whoami", "GET", r"/api/whoami-v2"),
     ("create", "POST", r"/api/repos/create"),
     ("validate", "POST", r"/api/validate-yaml"),
     ("refs", "GET", rf"/api/models/{REPO}/refs"),
-    ("tree", "GET", rf"/api/models/{REPO}/tree/{REVISION}"),
-    ("paths", "POST", rf"/api/models/{REPO}/paths-info/{REVISION}"),
+    ("tree", "GET", rf"{API}/{REPO}/tree/{REVISION}(/.*)?"),
+    ("paths", "POST", rf"{API}/{REPO}/paths-info/{REVISION}"),
     ("branch", "POST", rf"/api/models/{REPO}/branch/{REVISION}"),
     ("preupload", "POST", rf"/api/models/{REPO}/preupload/{REVISION}"),
     ("commit", "POST", rf"/api/models/{REPO}/commit/{REVISION}"),
-    ("info", "GET", rf"/api/models/{REPO}(/revision/{REVISION})?"),
+    ("info", "GET", rf"{API}/{REPO}(/revision/{REVISION})?"),
     ("batch", "POST", rf"/{REPO}\.git/info/lfs/objects/batch"),
     ("put", "PUT", r"/_store/(?P<oid>\w{64})"),
     ("download", "GET", r"/_cdn/(?P<oid>\w{64})"),
     ("download", "HEAD", r"/_cdn/(?P<oid>\w{64})"),
-    ("resolve", "GET", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)"),
-    ("resolve", "HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)"),
+    ("resolve", "GET", rf"(/datasets)?/{REPO}/resolve/{REVISION}/(?P<path>.+)"),
+    ("resolve", "HEAD", rf"(/datasets)?/{REPO}/resolve/{REVISION}/(?P<path>.+)"),
 )
 LICENSES = "apache-2.0 mit cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 openrail creativeml-openrail-m other".split()
 LARGE = 1 << 16  # bytes; weights are large whatever their size

@@ -36,5 +36,9 @@ class StandInPairs:
         return torch.stack(drawn)
 
 
-def open_pairs(args, accelerator, teacher, state):
+def open_images(args):
+    """No dataset."""
+
+
+def open_pairs(args, accelerator, teacher, dataset, state):
     return StandInPairs(Path(args.output_dir, "images"), teacher.contracts[0].latent_shape)

@@ -10,7 +10,7 @@ import torch
 from image_sets import write_image_set
 from safetensors.torch import load_file, save_file
 from score_distillation import train_sid_dit
-from stand_in_pairs import open_pairs
+from stand_in_pairs import open_images, open_pairs
 from training_helpers import (
     metrics,
     networks_in,
@@ -34,6 +34,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
+    monkeypatch.setattr(run_module, "open_images", open_images)
     monkeypatch.setattr(run_module, "open_pairs", open_pairs)
 
 
@@ -67,14 +68,34 @@ def test_the_stage_goes_through_its_gate(tmp_path):
     assert "SiD-DiT with an adversarial term" in card and "`adversarial_weight` | `0.5`" in card
 
 
-def test_images_are_the_pairs(tmp_path, monkeypatch):
+def test_images_that_are_none_are_refused_before_the_teacher_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "load_teacher", pytest.fail)
+    columns = write_image_set(tmp_path / "set", "parquet", 4, broken=range(4))
+    for more, sentence in (
+        (
+            columns,
+            r"no image of the dataset .*set can be used \(row 0: it is of no known format\): choose --image_col",
+        ),
+        ({**columns, "image_column": "n"}, r"no image of the dataset .* \(row 0: it is no image but int\)"),
+        ({**columns, "caption_column": "text"}, "the dataset .*set has no column text: choose --caption_column among"),
+        ({"dataset_name": tmp_path / "nowhere"}, "the dataset .*nowhere cannot be read"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_here(*adversarial(tmp_path / "run", **{"dataset_name": tmp_path / "set", **more}))
+        assert not (tmp_path / "run").exists()
+
+
+def test_images_are_the_pairs(tmp_path, monkeypatch, caplog):
     """A folder of pictures, one of them broken, in parts; stopped in the middle of one, the same bits come of it."""
     monkeypatch.undo()
     columns = write_image_set(tmp_path / "set", "imagefolder", 20, broken={3})
     data = {"dataset_name": tmp_path / "set", **columns, "images_per_part": 8, **GATE}
     run_here(*adversarial(tmp_path / "whole", **data, max_train_images=16))
     run_here(*adversarial(tmp_path / "parts", **data, max_train_images=12))
+    caplog.clear()
     run_here(*adversarial(tmp_path / "parts", **data, max_train_images=16, resume_from_checkpoint="latest"))
+    assert f"8 of 8 images are read from {tmp_path / 'parts' / 'images'}" in caplog.text
     whole, parts = (networks_in(tmp_path / name / "checkpoint-16") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert len((tmp_path / "whole" / "images" / "skipped.jsonl").read_text().splitlines()) == 1
@@ -146,7 +167,7 @@ def test_going_on_with_another_sampler_is_told(tmp_path, monkeypatch):
 def test_arguments_that_cannot_be_meant(arguments, refused):
     prompts = "--dataset_name=x" if "STUDENT" in arguments else f"--prompt_file={prompt_file()}"
     arguments = [argument.replace("STUDENT", "--student_model_name_or_path=x") for argument in arguments]
-    common = ["--pretrained_model_name_or_path=x", prompts, "--report_to=none"]
+    common = ["--pretrained_model_name_or_path=a/b", prompts, "--report_to=none"]
     with pytest.raises(UserError, match=refused):
         train_sid_dit.parse_args([*common, *arguments])
 
@@ -187,8 +208,11 @@ def test_data_that_changed_is_another_run(tmp_path, monkeypatch):
 
 
 def test_a_part_smaller_than_the_update_of_all_processes_is_refused(tmp_path):
-    for processes, refused in ((["--dry_run", "4"], "which are 16: 4 processes"), ([], "which are 4: 1 processes")):
-        with pytest.raises(UserError, match=f"--images_per_part is 3: .*, {refused} x 2 micro-batches x 2"):
+    for processes, refused in (
+        (["--dry_run", "4"], "which are 16 of 4 processes"),
+        ([], "which are 4 of 1 processes"),
+    ):
+        with pytest.raises(UserError, match=f"--images_per_part is 3: .*, {refused}"):
             reset_accelerate()
             train_sid_dit.main(adversarial(tmp_path / "run", *processes, images_per_part=3))
     assert not (tmp_path / "run").exists()

@@ -80,8 +80,11 @@ def test_each_update_has_its_size(uninterrupted):
 def test_sheets_student_and_cache(uninterrupted):
     """A sheet of every size; the student's default is the first; what is fed alike at every size is kept once."""
     for height, width in SIZES:
-        with Image.open(uninterrupted / "validation" / f"{height}x{width}" / "images-24.png") as sheet:
-            assert sheet.size == (2 * width, height)
+        folder = uninterrupted / "validation" / f"{height}x{width}"
+        assert {path.name for path in folder.iterdir()} == {"images-0.png", "images-24.png", "teacher.png"}
+        with Image.open(folder / "teacher.png") as samples, Image.open(folder / "images-24.png") as sheet:
+            assert samples.size == (2 * width, height)
+            assert (sheet.width > sheet.height) == (width > height)
     settings = read_settings(uninterrupted / "student")
     defaults = settings["student"]["call_defaults"]
     assert (defaults["height"], defaults["width"]) == SIZES[0]

@@ -142,7 +142,7 @@ def test_a_card_of_everything(card_of, tmp_path):
 
     assert headings(card) == ["How to use it", "Evaluation", "Training", "Limits and biases", "Licence", "Citation"]
     assert "# org/teacher in 4 steps\n" in card and "![Samples](grid.png)" in card
-    assert 'A row each of: "a fox", "a cat".' in card and 'pipe("a \\"red\\" fox"' in card
+    assert 'From top to bottom: "a fox", "a cat".' in card and 'pipe("a \\"red\\" fox"' in card
     assert 'student = "me/student"' in card and "(student, text_encoder_3=None, tokenizer_3=None, dtype" in card
     assert "2,000 prompts, one image each." in card
     assert "| teacher | 28 | 3 | 98.8% | 31.2 | 56 | 0.432 |" in card

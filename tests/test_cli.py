@@ -14,6 +14,33 @@ from training_helpers import PIPELINE_KWARGS, ROOT, folder, quiet, run_command, 
 
 from hf_flowdistill.cli import COUNT, POSITIVE, ArgumentParser, json_object, main
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.planning import kept
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path / "plans")
+
+
+def test_arguments_that_would_be_ignored(tmp_path):
+    """On the command line whatever else is given; in a file if it is so in the file alone. A default is not given."""
+    parser = ArgumentParser(prog="script")
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs="+")
+    parser.add_argument("--sharp", action="store_true")
+    parser.refuse(("size sharp", lambda args: args.sizes, "is of one size: leave it out."))
+    file = tmp_path / "config.yaml"
+    for words, text in ((["--sizes=1"], ""), (["--size=8"], ""), (["--sizes=1"], "size: 4\nsharp: true")):
+        file.write_text(text)
+        assert parser.parse_args([f"--config={file}", *words]).size in (4, 8)
+    for words, text, name in (
+        (["--size=8", "--sizes", "1"], "", "size"),
+        (["--sharp"], "sizes: [1]", "sharp"),
+        ([], "sizes: [1]\nsize: 0", "size"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"--{name} is of one size: leave it out."):
+            parser.parse_args([f"--config={file}", *words])
 
 
 def printed(capsys, *words):

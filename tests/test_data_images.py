@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from image_sets import FORMS, caption, picture, write_image_set
+from image_sets import FORMS, caption, image_bytes, picture, write_image_set
 from PIL import Image
 from teacher_cases import learned
 from training_helpers import ROOT, run_command
@@ -22,7 +22,7 @@ from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.data.arguments import (
     add_image_arguments,
     check_image_arguments,
-    check_images_per_part,
+    check_parts,
     dataset_settings,
     image_cache_dir,
     pair_settings,
@@ -341,6 +341,63 @@ def test_nothing_but_broken_images(encoder, tmp_path):
         pairs.move_to(0)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_set_that_was_saved_to_the_disk(several, encoder, tmp_path):
+    """The same pairs as from its files; its version is in its identity, and streaming makes no difference."""
+    from datasets import Dataset, DatasetDict, Image
+
+    def save(name, numbers):
+        pictures = [{"bytes": image_bytes(number), "path": None} for number in numbers]
+        rows = {"image": pictures, "text": [caption(number) for number in numbers]}
+        saved = Dataset.from_dict(rows).cast_column("image", Image())
+        (DatasetDict({"train": saved, "test": saved}) if several else saved).save_to_disk(tmp_path / name)
+        return str(tmp_path / name)
+
+    first, other = save("first", range(12)), save("other", range(1, 13))
+    columns = write_image_set(tmp_path / "files", "parquet", 12)
+    expected = ImagePairs(tmp_path / "a", open_dataset(str(tmp_path / "files"), **columns), encoder, seed=0)
+    expected.move_to(0)
+    for streaming in (False, True):
+        pairs = ImagePairs(tmp_path / "b", open_dataset(first, streaming=streaming), encoder, seed=0)
+        pairs.move_to(0)
+        assert pairs.captions == expected.captions
+        assert torch.equal(pairs.latents(range(12)), expected.latents(range(12)))
+    assert open_dataset(first).identity == open_dataset(first).identity != open_dataset(other).identity
+    if several:
+        with pytest.raises(UserError, match="has no split validation, but train, test"):
+            open_dataset(first, split="validation")
+
+
+def test_sets_that_are_none_are_seen_in_their_first_rows(tmp_path):
+    from datasets import Dataset, Features, Image, List, Value
+
+    good, image, text = image_bytes(0), Image(), Value("string")
+
+    def check(pictures, texts, image_type=image, text_type=text, **columns):
+        features = Features({"image": image_type, "text": text_type})
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))} set"
+        folder.mkdir()
+        rows = Dataset.from_dict({"image": pictures, "text": texts}, features=features)
+        rows.to_parquet(folder / "train.parquet")
+        for streaming in (True, False):
+            open_dataset(str(folder), streaming=streaming, **columns).check()
+
+    def of(data):
+        return {"bytes": data, "path": None}
+
+    check([of(b"none"), None, of(good)], ["a", "b", "c"])  # one that can be used is enough
+    check([of(b"none")] * 64 + [of(good)], ["a"] * 65)  # what is further on is not read
+    for arguments, reason in (
+        (([], []), "it is empty"),
+        (([of(b"none"), of(good)], ["a", " "]), "row 0: it is of no known format"),
+        (([3, 4] * 100, ["a"] * 200, Value("int64")), "row 0: it is no image but int"),
+        (([[1.0]] * 100, ["a"] * 100, List(Value("float32"))), "row 0: it is no image but list"),
+        (([of(good)] * 100, [7] * 100, image, Value("int32")), "row 0: its caption is no text but a int"),
+    ):
+        with pytest.raises(UserError, match=rf"no image of the dataset .*set can be used \({reason}\): choose"):
+            check(*arguments)
+
+
 def test_datasets_that_cannot_be_read(sets, tmp_path):
     with pytest.raises(UserError, match=f"the dataset {tmp_path}/nowhere cannot be read: "):
         open_dataset(str(tmp_path / "nowhere"))
@@ -403,7 +460,7 @@ def test_opening_images(tmp_path):
         (str(tmp_path / "gone.png"), "it is missing"),
         (str(tmp_path), "Is a directory"),
         (path.read_bytes()[:60], "."),
-        (3, "it is missing"),
+        (3, "it is no image but int"),
     ):
         with pytest.raises(UnusableImage, match=reason):
             open_image(value)
@@ -515,10 +572,10 @@ def test_arguments():
 
 def test_a_part_is_an_update_of_all_processes():
     args = arguments("--adversarial", "--images_per_part=24")
-    check_images_per_part(args, 3)
-    with pytest.raises(UserError, match="is 24: it must be .*, which are 32: 4 processes x 4 micro-batches x 2"):
-        check_images_per_part(args, 4)
-    check_images_per_part(arguments("--adversarial"), 4)
+    check_parts(args, 24, 3)
+    with pytest.raises(UserError, match="is 24: it must be .*, which are 32 of 4 processes"):
+        check_parts(args, 32, 4)
+    check_parts(arguments("--adversarial"), 32, 4)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from hf_flowdistill.data.prompts import PromptStream, read_dataset, read_prompts
+from hf_flowdistill.data.prompt_parts import PromptParts
+from hf_flowdistill.data.prompts import read_dataset, read_prompts
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.errors import UserError
 
 
@@ -105,6 +107,23 @@ def test_a_dataset_in_a_folder(kind, tmp_path, no_network):
         read_dataset(str(folder))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_dataset_that_was_saved_to_the_disk(several, tmp_path, no_network):
+    from datasets import Dataset, DatasetDict, Image
+
+    rows = [{**row, "image": {"bytes": b"no image", "path": None}} for row in ROWS]
+    saved = Dataset.from_list(rows).cast_column("image", Image())
+    (DatasetDict({"train": saved, "test": saved.select([0])}) if several else saved).save_to_disk(tmp_path / "data")
+    assert read_dataset(str(tmp_path / "data"), caption_column="caption") == CAPTIONS
+    with pytest.raises(UserError, match="has no column text: choose --caption_column among"):
+        read_dataset(str(tmp_path / "data"))
+    with pytest.raises(UserError, match="saved to the disk without configurations: leave out --dataset_config_name"):
+        read_dataset(str(tmp_path / "data"), "en", caption_column="caption")
+    DatasetDict({"test": saved}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="other has no split train, but test"):
+        read_dataset(str(tmp_path / "other"), caption_column="caption")
+
+
 def test_datasets_that_cannot_be_read(tmp_path, no_network, monkeypatch):
     with pytest.raises(UserError, match=f"the dataset {tmp_path}/nowhere cannot be read: ") as error:
         read_dataset(f"{tmp_path}/nowhere")
@@ -132,3 +151,49 @@ def test_position_is_all_there_is():
     assert whole[17:].tolist() == PromptStream(PROMPTS, seed=0).rows("generator", range(17, 23)).tolist()
     for seed, purpose in ((1, "generator"), (0, "fake_score")):
         assert whole.tolist() != PromptStream(PROMPTS, seed).rows(purpose, range(23)).tolist()
+
+
+def test_of_parquet_files_nothing_but_the_captions_is_read(tmp_path, no_network):
+    """What lies where the images are stored is no image."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.table({"text": CAPTIONS, "image": [b"picture"] * len(CAPTIONS)}), file)
+    column = parquet.ParquetFile(file).metadata.row_group(0).column(1)
+    content, start = bytearray(file.read_bytes()), column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"x" * column.total_compressed_size
+    file.write_bytes(content)
+    assert read_dataset(str(tmp_path)) == CAPTIONS
+
+
+def test_parts_follow_each_other_and_begin_again(tmp_path, no_network):
+    """The same prompts whatever part a run starts at, and from wherever the stream is known to be."""
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    numbers = [f"prompt {number}" for number in range(25)]
+    for file in range(3):
+        rows = numbers[10 * file : 10 * file + 10]
+        Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "set" / f"train-{file}.parquet")
+
+    def parts(root):
+        return PromptParts(tmp_path / root, str(tmp_path / "set"), None, "text", prompts_per_part=8)
+
+    one = parts("one")
+    for position in (0, 8, 16, 24, 40):
+        assert one.is_over(position)
+        one.move_to(position)
+        first = 8 * (position // 8)
+        assert one.captions == [numbers[(first + i) % 25] for i in range(8)]
+        assert not one.is_over(first + 7) and one.is_over(first + 8)
+        assert [path.name for path in (tmp_path / "one").iterdir()] == [f"part-{position // 8:010}"]
+    late = parts("late")
+    late.move_to(40)
+    assert late.captions == one.captions
+    (tmp_path / "set" / "train-0.parquet").unlink()  # what is on the disk is not asked for again
+    again = parts("one")
+    again.move_to(40)
+    assert again.captions == one.captions
+    with pytest.raises(UserError, match="has no column caption: choose --caption_column among text"):
+        PromptParts(tmp_path / "none", str(tmp_path / "set"), None, "caption", prompts_per_part=8).move_to(0)

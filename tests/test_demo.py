@@ -76,6 +76,7 @@ def test_processes_of_a_training(cpus, batch, processes, monkeypatch, tmp_path):
     monkeypatch.setattr("demo.launch", lambda words, count: launched.append((count, words[-1])))
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "model_index.json").touch()
+    (tmp_path / "run.json").write_text("{}")
     args = Namespace(config=str(HERE / "recipe.yaml"), teacher=str(HERE / "teacher"), guidance_scale=2.0)
     train(tmp_path, args, ["--train_batch_size", str(batch)])
     assert launched == [(processes, str(batch // processes))]

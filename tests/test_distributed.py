@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from stand_in_pairs import open_pairs
+from stand_in_pairs import open_images, open_pairs
 from teacher_cases import learned
 from training_helpers import (
     SCRIPT,
@@ -50,10 +50,10 @@ import json, sys
 from accelerate.state import PartialState
 from hf_flowdistill.training import run
 from score_distillation import train_sid_dit
-from stand_in_pairs import open_pairs
+from stand_in_pairs import open_images, open_pairs
 from training_helpers import reset_accelerate
 
-run.open_pairs = open_pairs
+run.open_images, run.open_pairs = open_images, open_pairs
 PartialState.destroy_process_group = lambda *_: None  # the next run's too: imports take longer than all runs
 for arguments in json.loads(sys.argv[1]):
     reset_accelerate()
@@ -100,6 +100,7 @@ CASES += [("adversarial", "one image at a time"), ("adversarial", "two images at
 @pytest.fixture(autouse=True, scope="module")
 def stand_in():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "open_images", open_images)
         patch.setattr(run_module, "open_pairs", open_pairs)
         yield
 
@@ -361,6 +362,6 @@ def test_launches_that_would_be_computed_wrongly():
     for precision in ("fp16", "fp8"):
         with pytest.raises(UserError, match=f"mixed precision {precision} was launched.*bf16 or no"):
             check_accelerator(accelerator(precision, "NO"))
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for kind in ("DEEPSPEED", "MEGATRON_LM"):
         with pytest.raises(UserError, match=f"{kind} was launched, but the script shards by itself: launch with"):
             check_accelerator(accelerator("bf16", kind))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_pipelines import stable_diffusion_3
 
-from hf_flowdistill.data.prompts import PromptStream
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.flow.draws import draw_k, half_words, k_in_turn, normal, permutation, sample_noise, stream
 from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.training.optimizers import round_stochastically

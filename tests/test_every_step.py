@@ -70,7 +70,9 @@ def test_a_teacher_without_guidance_is_not_guided():
         settle()
     with pytest.raises(UserError, match="--fake_guidance_scale is 2: give --fake_guidance_scale 1.$"):
         settle("--teacher_guidance_scale=1", "--fake_guidance_scale=2")
-    with pytest.raises(UserError, match="has no guidance: leave out --guidance_mode.$"):
+    with pytest.raises(
+        UserError, match="--guidance_mode is of guidance, which is off where its scales are 1: leave it out.$"
+    ):
         settle("--teacher_guidance_scale=1", "--guidance_mode=cfg")
     settle("--teacher_guidance_scale=1")
 

@@ -27,6 +27,7 @@ from hf_flowdistill.networks.loading import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "score_distillation" / "generate.py"
+KWARGS = '{"guidance_scale": 1, "height": 64, "width": 64}'
 
 
 def generate(*arguments, cwd):
@@ -128,6 +129,22 @@ def test_a_stock_sampler_does_not_repeat_the_noise_that_images_start_from(seed, 
         (
             ["--pretrained_model_name_or_path", "FOLDER", "--prompts", "a", "--pipeline_kwargs", '{"x": 1}'],
             "takes no x",
+        ),
+        (
+            [*"--pretrained_model_name_or_path x --prompts a --resolution 64 --height 64 --width 32".split()],
+            "--resolution is height and width of square images",
+        ),
+        (
+            ["--pretrained_model_name_or_path", "FOLDER", "--prompts", "a", "--revision", "main"],
+            "--revision is of a repository on the Hub, and the pipeline is a folder",
+        ),
+        (
+            [*"--pretrained_model_name_or_path x --prompts a --guidance_scale 2 --pipeline_kwargs".split(), KWARGS],
+            "--guidance_scale is in --pipeline_kwargs too",
+        ),
+        (
+            [*"--pretrained_model_name_or_path x --prompts a --resolution 64 --pipeline_kwargs".split(), KWARGS],
+            "--resolution is in --pipeline_kwargs too, as height and width",
         ),
     ],
 )

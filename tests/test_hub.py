@@ -129,7 +129,9 @@ def test_a_training_ends_on_the_hub_and_at_a_stranger(pushed, hub, tmp_path, cli
     assert published(hub, "me/student") == contents(run / "student") and len(repo.commits) == 2
     card = repo.files()["README.md"].decode()
     assert card_errors(card) == [] and "| images seen | 4 |" in card and "![Samples](grid.png)" in card
-    assert "| hardware | 1 x CPU" in card and "hours of updates" in card and 'A row each of: "a red circle".' in card
+    assert (
+        "| hardware | 1 x CPU" in card and "hours of updates" in card and 'From top to bottom: "a red circle".' in card
+    )
     here = drawn_here(run / "student", "a red circle")
     assert here.std() > 1
     for image in strangers_images(hub, tmp_path, card):

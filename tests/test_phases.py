@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from stand_in_pairs import open_pairs
+from stand_in_pairs import open_images, open_pairs
 from training_helpers import quiet, run_here, saved_student, script_arguments
 
 from hf_flowdistill.cli import main as flowdistill
@@ -131,6 +131,7 @@ def adversarial(output_dir, **named):
 
 
 def test_a_stage_that_would_only_rest_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "open_images", open_images)
     monkeypatch.setattr(run_module, "open_pairs", open_pairs)
     with pytest.raises(
         UserError, match="rest for all of --max_train_images 8, since --discriminator_warmup_images is 200"
@@ -140,6 +141,7 @@ def test_a_stage_that_would_only_rest_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_stage_whose_term_never_acts_is_no_adversarial_training(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_module, "open_images", open_images)
     monkeypatch.setattr(run_module, "open_pairs", open_pairs)
     run_here(*adversarial(tmp_path / "run", discriminator_warmup_images=4, adversarial_start_images=8))
     phrase = "the adversarial term (--adversarial_start_images 8)"

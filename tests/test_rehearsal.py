@@ -13,7 +13,8 @@ from training_helpers import saved_teacher
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks.roles import FULL, ROLES, Networks, RoleSettings
 from hf_flowdistill.planning.cases import Case, Precision, Stage
-from hf_flowdistill.planning.rehearsal import block_rows, embeds_guidance, stand_in_contract
+from hf_flowdistill.planning.few_blocks import block_rows
+from hf_flowdistill.planning.rehearsal import embeds_guidance, stand_in_contract
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.planning.startup import Start
 from hf_flowdistill.teachers import encode_prompts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in_pairs import open_pairs
+from stand_in_pairs import open_images, open_pairs
 from training_helpers import (
     SCRIPT,
     metrics,
@@ -25,7 +25,7 @@ from training_helpers import (
 from hf_flowdistill.errors import exit_on_user_error
 from hf_flowdistill.methods import sid
 from hf_flowdistill.training import run as run_module
-from hf_flowdistill.training.checkpointing import latest_checkpoint
+from hf_flowdistill.training.folders import latest_checkpoint
 
 
 CONFIG = SCRIPT.parent / "accelerate_configs" / "cpu.yaml"
@@ -63,6 +63,7 @@ def same_metrics(first, second):
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_a_shared_rollout_resumes_to_the_same_bits(adversarial, tmp_path, monkeypatch):
     """The adversarial stage too, in the middle of a part of its images."""
+    monkeypatch.setattr(run_module, "open_images", open_images)
     monkeypatch.setattr(run_module, "open_pairs", open_pairs)
     more, gate = ["--share_rollout"], {}
     if adversarial:

@@ -122,7 +122,10 @@ REFUSED = {
         {"networks": "lora_fake", "base_quantization": "nf4"},
         "--base_quantization is of a teacher that nothing else is trained on: choose --networks lora",
     ),
-    "nothing to round": ({"bf16_rounding": "nearest"}, "--bf16_rounding is of bfloat16 weights that are trained"),
+    "nothing to round": (
+        {"weight_dtype": "float32", "bf16_rounding": "nearest"},
+        "--bf16_rounding is of bfloat16 weights that are trained",
+    ),
     "nothing to round in LoRAs": (
         {"networks": "lora", "weight_dtype": "bfloat16", "bf16_rounding": "stochastic"},
         "LoRAs are float32: choose --weight_dtype bfloat16 and --networks full or lora_fake",

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from training_helpers import ROOT, run_command
 
-from adversarial import STAGES, StyleJudge, draw_like, image_folder, summarize
+from adversarial import STAGES, image_folder, summarize
 from detector import accuracy
+from judging_styles import StyleJudge, draw_like
 from scenes import CATEGORIES, random_scene
 
 

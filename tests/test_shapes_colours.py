@@ -8,7 +8,8 @@ import pytest
 import torch
 from training_helpers import ROOT, run_command
 
-from colours import balance, measure, tabulate
+from colour_statistics import balance, measure
+from colours import tabulate
 from detector import MIN_CHROMA
 from scenes import Scene, random_scene, render
 

@@ -13,7 +13,7 @@ import drift
 import pytest
 import torch
 
-from demo import CALL
+from arguments import CALL
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import encode_prompts, learn_contract
 

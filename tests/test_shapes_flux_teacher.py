@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from training_helpers import ROOT, run_command
 
 from fitting import Float32, mixed_precision
+from flux_teacher import build_pipeline, pack, start_from
 from hf_flowdistill.teachers import learn_contract
-from train_flux_teacher import build_pipeline, pack, start_from
 
 
 TEACHER = ROOT / "examples/shapes/teacher"

@@ -7,7 +7,7 @@ import json
 import layout
 from training_helpers import ROOT, run_command
 
-from demo import CALL
+from arguments import CALL
 from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.export import export_student
 from hf_flowdistill.networks.loading import load_pipeline

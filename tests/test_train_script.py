@@ -38,10 +38,12 @@ from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.hub.settings import read_settings
 from hf_flowdistill.methods import sid
 from hf_flowdistill.methods.method import Size
+from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
 from hf_flowdistill.networks.roles import Networks
 from hf_flowdistill.teachers import encode_prompts
-from hf_flowdistill.training import arguments, texts
 from hf_flowdistill.training import run as run_module
+from hf_flowdistill.training import texts
+from hf_flowdistill.training.fit_arguments import images_of_update
 
 
 @pytest.mark.parametrize("teacher", ["stable_diffusion_3", "sana", "flux"])
@@ -55,7 +57,9 @@ def test_two_steps_of_every_teacher(teacher, tmp_path):
 
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"checkpoint-8", "conditioning", "logs", "metrics.jsonl", "run.json", "student", "validation"}
-    assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {"images-4.png", "images-8.png"}
+    assert {path.name for path in (tmp_path / "run" / "validation").iterdir()} == {
+        *("images-0.png", "images-4.png", "images-8.png", "teacher.png")
+    }
     lines = metrics(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [4, 8]
     numbers = [value for line in lines for value in line.values()]
@@ -209,7 +213,7 @@ def test_prompts_of_other_kinds_train_the_same(tmp_path):
 
 def test_a_spoiled_or_foreign_cache_ends_the_run_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sid_dit, "train", lambda run, stopped: None)
-    monkeypatch.setattr(train_sid_dit, "finish", lambda run: None)
+    monkeypatch.setattr("hf_flowdistill.training.run.finish", lambda run: None)
     cache = {"conditioning_cache_dir": tmp_path / "cache"}
     run_here(*script_arguments(tmp_path / "first", **cache))
     monkeypatch.setattr(Networks, "from_teacher", pytest.fail)
@@ -291,11 +295,7 @@ REFUSED = {
         lambda: {"prompt_file": None, "dataset_name": "./nowhere"},
         "the dataset ./nowhere cannot be read: ",
     ),
-    "no prompts": (
-        lambda: {"prompt_file": None},
-        "missing or given twice: use either --prompt_file or --dataset_name",
-    ),
-    "prompts twice": (lambda: {"dataset_name": "x"}, "missing or given twice: use either"),
+    "prompts twice": (lambda: {"dataset_name": "x"}, "given twice: use either --prompt_file or --dataset_name"),
     "a configuration of nothing": (lambda: {"dataset_config_name": "x"}, "give --dataset_name too, or leave it out"),
     "a cache that cannot be": (
         lambda: {"conditioning_cache_dir": prompt_file()},
@@ -310,9 +310,57 @@ REFUSED = {
         lambda: {"pipeline_kwargs": '{"colour": 1}'},
         "pipeline_kwargs has 'colour', which is no argument of StableDiffusion3Pipeline",
     ),
-    "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose one of all"),
+    "tracker": (lambda: {"report_to": "paper"}, "--report_to paper is not installed here: choose of all, none"),
+    "trackers and none": (
+        lambda: {"config": write("trackers.yaml", "report_to: [tensorboard, none]"), "report_to": None},
+        "--report_to has none beside others",
+    ),
+    "several sizes and one": (
+        lambda: {"aspect_ratio_buckets": "32,32;32,48"},
+        "--resolution is one size: leave it out where there are --aspect_ratio_buckets",
+    ),
+    "a size three times": (lambda: {"height": 32, "width": 32}, "--resolution is height and width of square images"),
+    "a revision of a folder": (lambda: {"revision": "main"}, "--revision is of a repository on the Hub, and the"),
+    "a limit of no checkpoints": (
+        lambda: {"checkpointing_images": 0, "checkpoints_total_limit": 2},
+        "--checkpoints_total_limit is of checkpoints, and --checkpointing_images 0 writes none",
+    ),
+    "sheets of no prompts": (lambda: {"validation_images": 4}, "--validation_images is of sample sheets: give --val"),
+    "samples of no prompts": (lambda: {"num_validation_images": 4}, "--num_validation_images is of sample sheets"),
+    "the folder of no tracker": (lambda: {"logging_dir": "x"}, "--logging_dir is of a tracker, and --report_to is"),
+    "a project of no tracker": (lambda: {"tracker_project_name": "x"}, "--tracker_project_name is of a tracker, and"),
+    "a name that TensorBoard has none of": (
+        lambda: {"tracker_run_name": "x", "report_to": "tensorboard"},
+        "--tracker_run_name is of wandb, .* and --report_to names none of them",
+    ),
+    "a repository without a push": (lambda: {"hub_model_id": "a/b"}, "--hub_model_id is of a student that is uploade"),
+    "a token without a push": (lambda: {"hub_token": "hf_x"}, "--hub_token is of a student that is uploaded: give"),
+    "private without a push": (
+        lambda: {"config": write("private.yaml", "hub_private_repo: true")},
+        "--hub_private_repo is of a student that is uploaded: give --push_to_hub too",
+    ),
+    "a negative prompt without guidance": (
+        lambda: {"negative_prompt": "blurry", "teacher_guidance_scale": 1},
+        "--negative_prompt is half of classifier-free guidance, by which neither",
+    ),
+    "a negative prompt and an embedded scale": (
+        lambda: {"negative_prompt": "blurry", "pretrained_model_name_or_path": saved_teacher("flux")},
+        "--negative_prompt is half of classifier-free guidance, by which neither",
+    ),
+    "a rescale without guidance": (
+        lambda: {"guidance_rescale": 0.5, "teacher_guidance_scale": 1},
+        "--guidance_rescale is of guidance, which is off",
+    ),
+    "a mode without guidance": (
+        lambda: {"guidance_mode": "cfg", "teacher_guidance_scale": 1},
+        "--guidance_mode is of guidance, which is off where its scales are 1",
+    ),
+    "a mode of an unguided fake score": (
+        lambda: {"fake_guidance_mode": "cfg", "fake_guidance_scale": 1, "fake_train_guidance_scale": 1},
+        "--fake_guidance_mode is of guidance, which is off",
+    ),
     "token and wandb": (
-        lambda: {"report_to": "wandb", "hub_token": "hf_x"},
+        lambda: {"report_to": "wandb", "hub_token": "hf_x", "config": write("push.yaml", "push_to_hub: true")},
         "--hub_token could be stored with the run by wandb",
     ),
     "no checkpoint": (
@@ -419,7 +467,7 @@ def test_a_teacher_that_changed_in_place_is_another_run(tmp_path):
 
 def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(arguments, "check_push", lambda repo_id, token=None: f"me/{repo_id}")
+    monkeypatch.setattr("hf_flowdistill.hub.push.check_push", lambda repo_id, token=None: f"me/{repo_id}")
     monkeypatch.setattr(run_module, "push_student", lambda *args, **kwargs: calls.append((args, kwargs)))
     token = "hf_" + "abcdefgh" * 4
     words = script_arguments(tmp_path / "run", max_train_images=4, hub_token=token, hub_model_id="small")
@@ -431,7 +479,7 @@ def test_push_gets_the_token_and_nothing_else_does(tmp_path, monkeypatch):
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "nowhere", "--prompt_file", "none.txt"],
+        [sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", "a/b", "--prompt_file", "none.txt"],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
@@ -453,7 +501,15 @@ def test_help_reads_well(capsys):
         train_sid_dit.main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for part in ("teacher:", "prompts:", "method (", "optimization (", "output:", "(default: 1e-06)", "(default: 0.9"):
+    for part in (
+        "teacher:",
+        "prompts:",
+        "method (",
+        "optimization (",
+        "output:",
+        "(default: 1e-06, of a LoRA 0.0001)",
+        "(default: 0.9",
+    ):
         assert part in text
     assert "None" not in text and max(map(len, text.splitlines())) <= 119
 
@@ -463,7 +519,7 @@ def test_config_file_and_command_line():
     config = write("config.yaml", f"learning_rate: 3e-4\nalpha: 1.2\n{flags}")
     lists = "validation_prompts: [a red circle, 'a: b']\npipeline_kwargs: {clip_skip: 1}\nseed: null\n"
     lists = write("lists.yaml", lists)
-    common = ["--pretrained_model_name_or_path=x", f"--prompt_file={prompt_file()}", "--report_to=none"]
+    common = ["--pretrained_model_name_or_path=a/b", f"--prompt_file={prompt_file()}", "--report_to=none"]
     args = train_sid_dit.parse_args([*common, f"--config={config}", "--alpha=1.5", "--teacher_guidance_scale=2"])
     assert (args.learning_rate, args.fake_score_learning_rate, args.alpha) == (3e-4, 3e-4, 1.5)
     assert (args.fake_guidance_scale, args.fake_train_guidance_scale) == (2, 2)
@@ -473,15 +529,44 @@ def test_config_file_and_command_line():
     assert args.pipeline_kwargs == {"clip_skip": 1, "max_sequence_length": 7}
 
 
+def test_what_a_file_gives_can_be_overruled():
+    """An argument of a file that one on the command line leaves without effect is no contradiction, as a recipe's size
+    beside buckets; within the file it is."""
+    common = ["--pretrained_model_name_or_path=a/b", f"--prompt_file={prompt_file()}"]
+    recipe = write("recipe.yaml", "resolution: 512\nguidance_rescale: 0.5\nvalidation_images: 100\n")
+    with pytest.raises(UserError, match="--validation_images is of sample sheets"):
+        train_sid_dit.parse_args([*common, f"--config={recipe}"])
+    recipe = write("recipe.yaml", "resolution: 512\nguidance_rescale: 0.5\n")
+    overruled = ["--aspect_ratio_buckets=32,32;32,48", "--teacher_guidance_scale=1", "--report_to", "none"]
+    args = train_sid_dit.parse_args([*common, f"--config={recipe}", *overruled])
+    assert (args.height, args.width) == (32, 32) and args.report_to == ["none"]
+
+
+@pytest.mark.parametrize(
+    "words, rates",
+    [
+        (["--networks=lora"], (1e-4, 1e-4)),
+        (["--networks=lora", "--learning_rate=5e-4"], (5e-4, 5e-4)),
+        (["--networks=lora", "--fake_score_learning_rate=5e-4"], (1e-4, 5e-4)),
+        (["--networks=lora_fake"], (1e-6, 1e-4)),
+        (["--networks=lora_fake", "--learning_rate=2e-6"], (2e-6, 1e-4)),
+        (["--learning_rate=2e-6"], (2e-6, 2e-6)),
+    ],
+)
+def test_loras_have_a_learning_rate_of_their_own(words, rates):
+    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=a/b", "--prompt_file=x", *words])
+    assert (args.learning_rate, args.fake_score_learning_rate) == rates and LORA_LEARNING_RATE == 1e-4
+
+
 def test_defaults_are_the_papers():
     """SiD-DiT, Table 4, SiD-DiT with AMP; Eq. 15; Eq. 18."""
-    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=x", "--prompt_file=x", "--report_to=none"])
+    args = train_sid_dit.parse_args(["--pretrained_model_name_or_path=a/b", "--prompt_file=x", "--report_to=none"])
     assert (args.learning_rate, args.fake_score_learning_rate) == (1e-6, 1e-6)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0, 0.999, 1e-8, None)
     assert (args.num_steps, args.noise_type, args.alpha) == (4, "fresh", 1)
     assert (args.weighting, args.loss_scale) == ("1-sigma", 100)
     assert args.teacher_guidance_scale == args.fake_guidance_scale == args.fake_train_guidance_scale == 4.5
-    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 256
+    assert images_of_update(args, 8) == images_of_update(args, 1) == 256
     assert (args.resolution, args.lr_scheduler, args.lr_warmup_images) == (1024, "constant", 0)
 
 

@@ -13,18 +13,14 @@ from hf_flowdistill.training import checkpointing
 from hf_flowdistill.training.checkpoint_files import tensors_of
 from hf_flowdistill.training.checkpointing import (
     check_same_run,
-    checkpoints,
     find_resume,
-    latest_checkpoint,
     load_checkpoint,
-    read_run,
-    read_state,
     remove_unfinished,
     save_checkpoint,
     set_aside_later,
-    write_run,
 )
 from hf_flowdistill.training.distributed import whole
+from hf_flowdistill.training.folders import checkpoints, latest_checkpoint, read_run, read_state, write_run
 from hf_flowdistill.training.sharding import Sharding
 
 

@@ -15,7 +15,6 @@ from hf_flowdistill.training.monitors import (
     average_metrics,
     drift,
     progress,
-    tracker_config,
     training_facts,
     watch,
 )
@@ -30,9 +29,13 @@ def test_averages_pool_the_spread():
 
 
 def test_progress_shows_what_there_is():
-    pieces = ("gap {gap:.2f}", "told {real:.0%} {fake:.0%}", "lag {lag}")
-    assert progress({"gap": 0.5, "real": 0.25, "lag": 2}, pieces) == "gap 0.50, lag 2"
-    assert progress({"fake": 1.0, "real": 0.25}, pieces) == "told 25% 100%"
+    pieces = ("gap {gap:.2f}", "told {real:.0%}/{fake:.0%}", "lag {lag}")
+    assert progress({"gap": 0.5, "real": 0.25, "lag": 2, "k": 3}, pieces, 40) == "k=3 gap 0.50 lag 2"
+    assert progress({"fake": 1.0, "real": 0.25}, pieces, 40) == "told 25%/100%"
+    everything = {"gap": 0.5, "real": 0.25, "fake": 1.0, "lag": 2, "k": 3}
+    assert progress(everything, pieces, 40) == "k=3 gap 0.50 told 25%/100% lag 2"
+    assert progress(everything, pieces, 20) == "k=3 gap 0.50 lag 2"  # as far as there is room
+    assert progress(everything, pieces, 2) == "k=3"
 
 
 def test_averages_show_what_is_not_finite():
@@ -118,11 +121,6 @@ def test_metrics_file_is_cut_where_a_run_goes_on(tmp_path):
         {"images_seen": 8, "loss": None},
         {"images_seen": 12, "loss": 1.0},
     ]
-
-
-def test_trackers_get_no_token_and_nothing_they_cannot_take():
-    args = argparse.Namespace(alpha=1.0, hub_token="hf_secret", validation_prompts=["a"], revision=None, flag=True)
-    assert tracker_config(args) == {"alpha": 1.0, "validation_prompts": "['a']", "revision": "None", "flag": True}
 
 
 def test_hardware_is_all_that_a_run_was_on():

@@ -11,17 +11,40 @@ import json
 import math
 from pathlib import Path
 
-import torch
-from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
-
-from hf_flowdistill.cli import COUNT, ArgumentParser, add_call_arguments, add_origin_arguments, silence_libraries
+from hf_flowdistill.cli import (
+    COUNT,
+    ArgumentParser,
+    add_call_arguments,
+    add_origin_arguments,
+    check_model,
+    silence_libraries,
+)
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
-from hf_flowdistill.hub.settings import read_settings
-from hf_flowdistill.hub.student import few_step_pipeline, load_student
-from hf_flowdistill.networks.loading import load_pipeline
-from hf_flowdistill.teachers.finite import finite_images
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
+
+
+IGNORED = (  # as of `ArgumentParser.refuse`
+    (
+        "resolution",
+        lambda args: args.height and args.width,
+        "is height and width of square images: leave it out where --height and --width are given.",
+    ),
+    (
+        "revision",
+        lambda args: Path(args.pretrained_model_name_or_path or "nowhere").is_dir(),
+        "is of a repository on the Hub, and the pipeline is a folder: leave it out.",
+    ),
+    *(
+        (name, lambda args, name=name: name in args.pipeline_kwargs, "is in --pipeline_kwargs too: give it once.")
+        for name in ("num_inference_steps", "guidance_scale", "height", "width")
+    ),
+    (
+        "resolution",
+        lambda args: {"height", "width"} <= args.pipeline_kwargs.keys(),
+        "is in --pipeline_kwargs too, as height and width: give it once.",
+    ),
+)
 
 
 def parse_args(input_args=None):
@@ -39,12 +62,14 @@ def parse_args(input_args=None):
     add("--seed", type=int, default=0, metavar="N", help="of the first image")
     add("--batch_size", type=COUNT, default=4, metavar="N", help="images drawn together; does not change them")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; a student's own, else float32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
+    add_device_argument(add)
     add("--output_dir", default="samples", metavar="DIR", help="gets 00000.png, ..., grid.png and metadata.jsonl")
+    parser.refuse(*IGNORED)
     args = parser.parse_args(input_args)
 
     if not args.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is missing.")
+    check_model(args.pretrained_model_name_or_path)
     if args.prompt_file:
         args.prompts = [*args.prompts, *read_prompts(args.prompt_file)]
     if not any(prompt.strip() for prompt in args.prompts):
@@ -55,6 +80,12 @@ def parse_args(input_args=None):
 
 
 def load(args):
+    import torch
+
+    from hf_flowdistill.hub.settings import read_settings
+    from hf_flowdistill.hub.student import few_step_pipeline, load_student
+    from hf_flowdistill.networks.loading import load_pipeline
+
     path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     settings = read_settings(path, **origin)
     dtype = args.dtype or (settings["student"]["dtype"] if settings else "float32")
@@ -83,6 +114,14 @@ def given_arguments(args, pipeline):
 
 def main(input_args=None):
     args = parse_args(input_args)
+
+    import torch  # what computes is imported here, since it takes seconds
+    from diffusers.utils import make_image_grid
+    from tqdm.auto import tqdm
+
+    from hf_flowdistill.teachers.finite import finite_images
+
+    args.device = check_device(args.device)
     silence_libraries()
     pipeline = load(args)
     call = given_arguments(args, pipeline)

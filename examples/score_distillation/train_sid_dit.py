@@ -7,23 +7,23 @@ the generator, which becomes the student, and the fake score, which follows what
 """
 
 import logging
+import os
+import sys
+from pathlib import Path
 
 from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.data.arguments import (
     add_image_arguments,
     add_prompt_arguments,
     check_image_arguments,
-    check_images_per_part,
+    check_parts,
     check_prompt_arguments,
     read_training_prompts,
 )
 from hf_flowdistill.errors import exit_on_user_error
-from hf_flowdistill.methods.sid import SiD
-from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
 from hf_flowdistill.methods.sid_adversarial_arguments import add_adversarial_arguments, check_adversarial_arguments
 from hf_flowdistill.methods.sid_arguments import add_sid_arguments, check_sid_arguments
-from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments, role_settings
-from hf_flowdistill.planning.dry_run import print_plan
+from hf_flowdistill.networks.arguments import add_network_arguments, check_network_arguments
 from hf_flowdistill.training.arguments import (
     add_optimization_arguments,
     add_output_arguments,
@@ -33,23 +33,22 @@ from hf_flowdistill.training.arguments import (
     check_output_arguments,
     check_teacher_arguments,
 )
-from hf_flowdistill.training.distributed import all_ranks_agree, stop_signals
-from hf_flowdistill.training.launch import identify, launch
-from hf_flowdistill.training.monitors import average_metrics
-from hf_flowdistill.training.optimizers import apply_update
-from hf_flowdistill.training.record import Record, draw_sheets
-from hf_flowdistill.training.run import finish, prepare
+from hf_flowdistill.training.fit_arguments import add_fit_arguments, images_of_update
+from hf_flowdistill.training.recipes import add_recipe_argument, parse_given, parse_with_recipe
 
 
 logger = logging.getLogger("hf_flowdistill.train_sid_dit")
 
+RECIPES = Path(__file__).resolve().with_name("recipes")
 
-def parse_args(input_args=None):
+
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train_sid_dit.py",
-        usage="train_sid_dit.py --pretrained_model_name_or_path PATH --prompt_file FILE.txt [arguments below]",
+        usage="train_sid_dit.py --pretrained_model_name_or_path PATH [arguments below]",
         description=__doc__,
     )
+    add_recipe_argument(parser)
     add_teacher_arguments(parser)
     add_prompt_arguments(parser)
     add_sid_arguments(parser)
@@ -57,9 +56,13 @@ def parse_args(input_args=None):
     add_adversarial_arguments(parser)
     add_image_arguments(parser)
     add_optimization_arguments(parser)
+    add_fit_arguments(parser)
     add_output_arguments(parser, name="sid-dit")
     add_plan_arguments(parser)
-    args = parser.parse_args(input_args)
+    return parser
+
+
+def check_args(args) -> None:
     check_teacher_arguments(args)
     check_prompt_arguments(args)
     check_sid_arguments(args)
@@ -68,13 +71,25 @@ def parse_args(input_args=None):
     check_image_arguments(args)
     check_optimization_arguments(args)
     check_output_arguments(args)
-    return args
+
+
+def parse_args(input_args=None):
+    """The arguments, in the recipe's first precision."""
+    return parse_with_recipe(make_parser(), input_args, check_args, RECIPES)[0]
 
 
 def train(run, stopped) -> bool:
     """Fake score, generator, average, until max_train_images; False if told to stop before, by a name in `stopped`."""
+    from hf_flowdistill.training.distributed import all_ranks_agree
+    from hf_flowdistill.training.monitors import average_metrics
+    from hf_flowdistill.training.optimizers import apply_update
+    from hf_flowdistill.training.record import Record
+    from hf_flowdistill.training.sheets import Sheets
+
     args, state, networks, accumulation = run.args, run.state, run.networks, run.args.gradient_accumulation_steps
-    record = Record(run)
+    record, sheets = Record(run), Sheets(run)
+    if args.validation_prompts and state["step"] == 0:
+        sheets.draw()
     while state["images_seen"] < args.max_train_images:
         record.begin()
         run.texts.follow(state["images_seen"])  # the images that come next, where there are images
@@ -117,24 +132,40 @@ def train(run, stopped) -> bool:
             logger.info(f"told to stop: {written} is written, go on with --resume_from_checkpoint latest")
             return False
         if args.validation_prompts and run.is_due(args.validation_images):
-            draw_sheets(run)
+            sheets.draw()
     record.close()
     return True
 
 
 def main(input_args=None):
-    args = parse_args(input_args)
+    parser = make_parser()
+    args = parse_given(parser, input_args, check_args, RECIPES)
+    processes = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+    check_parts(args, images_of_update(args, processes), processes)
+    prompts = read_training_prompts(args, of_images=bool(args.adversarial))
+    candidates = parse_with_recipe(parser, input_args, check_args, RECIPES)  # which one fits is seen below
+
+    # what computes is imported here, since it takes seconds that help and refusals need not wait
+    from hf_flowdistill.methods.sid import SiD
+    from hf_flowdistill.methods.sid_adversarial import SiDAdversarial
+    from hf_flowdistill.planning.dry_run import print_plan
+    from hf_flowdistill.planning.fit import fit
+    from hf_flowdistill.training.distributed import stop_signals
+    from hf_flowdistill.training.launch import identify, launch, start_processes
+    from hf_flowdistill.training.run import finish, prepare
+
+    state = start_processes()
+    words = sys.argv[1:] if input_args is None else input_args
+    args, chosen = fit(candidates, words, processes=args.dry_run or state.num_processes, device=state.device)
+    if args.dry_run is None:
+        for line in chosen:
+            logger.info(line)
     method = (SiDAdversarial if args.adversarial else SiD)(args)
     accelerator = launch(args)
-    check_images_per_part(args, args.dry_run or accelerator.num_processes)
-    prompts = read_training_prompts(args, of_images=method.takes_images)
     identity = identify(args, method, accelerator, prompts)
     if args.dry_run is not None:
         if accelerator.is_main_process:
-            autocast = accelerator.mixed_precision == "bf16"
-            print_plan(
-                args, prompts, processes=accelerator.num_processes, autocast=autocast, roles=role_settings(args)
-            )
+            print_plan(args, prompts, accelerator, chosen, RECIPES)
         return
     run = prepare(args, method, accelerator, prompts, identity)
     with stop_signals() as stopped:

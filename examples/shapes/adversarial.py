@@ -16,24 +16,15 @@ on where it stopped. Other arguments are those of train_sid_dit.py.
 
 import functools
 import os
-import random
 import statistics
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline
-
-from demo import CALL, HERE, Judge, load_student, train
-from detector import accuracy
-from features import FeatureNetwork
+from arguments import CATEGORIES, build_parser, check_documents, check_prompts
+from demo import train
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.errors import UserError, exit_on_user_error
-from hf_flowdistill.evaluation.fid import FID
-from hf_flowdistill.evaluation.generate import generate
-from hf_flowdistill.evaluation.report import format_cells, row
-from image_set import STYLES, write_image_set
-from scenes import CATEGORIES, place, render
-from table import build_parser, check_documents, check_prompts, judged_once, over_seeds, publish
+from hf_flowdistill.evaluation.report import format_cells
+from table import judged_once, over_seeds, publish
 
 
 MARKS = ("<!-- table of `make shapes-adversarial` -->", "<!-- end of that table -->")
@@ -47,57 +38,14 @@ EVERY_SEED = ("on renders",)
 
 def image_folder(output: Path, style: str, images: int) -> Path:
     """A folder with pictures of this style, drawn unless it is there; an unfinished one has another name."""
+    from drawing import write_image_set
+
     folder = output / "images" / f"{style}-{images}"
     if not folder.exists():
         unfinished = folder.with_name(f"unfinished-{folder.name}-{os.getpid()}")
         write_image_set(unfinished, style, images, seed=1)
         unfinished.rename(folder)
     return folder
-
-
-def draw_like(style: str, scenes, seed: int) -> torch.Tensor:
-    """One picture in this style of each scene, [N, 3, SIZE, SIZE] in [0, 1]."""
-    rng = random.Random(seed)
-    return torch.stack([STYLES[style](place(scene, rng), rng) for scene in scenes])
-
-
-class StyleJudge(Judge):
-    """A `Judge` that measures the distance to posters too."""
-
-    def __init__(self, count: int, seed: int):
-        super().__init__(count, seed)
-        posters = draw_like("poster", self.scenes * 2, seed + 2)
-        self.fid_posters = FID(FeatureNetwork.load(HERE / "features.safetensors"), posters)
-
-    def pictures(self, name: str, pictures: torch.Tensor) -> dict:
-        """A row for pictures of the prompts."""
-        right, by_category = accuracy(self.scenes, pictures)
-        fids = {"fid": self.fid(pictures), "fid_posters": self.fid_posters(pictures)}
-        return {"pipeline": name, "accuracy": right, "accuracy_by_category": by_category, **fids}
-
-    def __call__(self, name, pipeline, num_steps, guidance_scale):
-        generated = generate(
-            pipeline, self.prompts, num_steps=num_steps, guidance_scale=guidance_scale, seed=self.seed, **CALL
-        )
-        judged = self.pictures(name, generated.images)
-        fid_posters, fid = judged["fid_posters"], judged["fid"]
-        right = judged["accuracy"], judged["accuracy_by_category"]
-        return row(name, num_steps, guidance_scale, generated, *right, fid) | {"fid_posters": fid_posters}
-
-
-def judge_seed(args, seed: int, students: dict[str, Path]) -> list[dict]:
-    """The rows of one seed: real pictures of both styles, the teacher, the students."""
-    judge = StyleJudge(args.num_prompts, 4052 + seed)
-    rows = [
-        judge.pictures("renders", render(judge.scenes, random.Random(judge.seed + 1))),
-        judge.pictures("posters", draw_like("poster", judge.scenes, judge.seed + 3)),
-        judge("teacher", DiffusionPipeline.from_pretrained(args.teacher), 28, args.guidance_scale),
-    ]
-    for name, folder in students.items():
-        rows.append(judge(name, load_student(folder), 4, 1.0))
-        figures = f"accuracy {rows[-1]['accuracy']:.3f}, FID {rows[-1]['fid']:.1f}"
-        print(f"  {name}: {figures}, to posters {rows[-1]['fid_posters']:.1f}", flush=True)
-    return rows
 
 
 def summarize(rows: list[dict]) -> str:
@@ -139,6 +87,9 @@ def main():
         if not (student / "model_index.json").is_file():
             raise UserError(f"{student} is no student: `make demo` makes one, or name another with --student.")
     check_documents(args.documents, MARKS)
+
+    from judging_styles import judge_seed  # with torch, which takes seconds
+
     silence_libraries()
     output, rows = Path(args.output_dir).resolve(), []
     for seed, student in students.items():

@@ -126,14 +126,3 @@ def save(pipeline, folder) -> None:
     for part in (pipeline, pipeline.vae, pipeline.transformer):
         part.register_to_config(_name_or_path="")
     pipeline.save_pretrained(folder)
-
-
-def add_fit_arguments(parser, steps: int, batch_size: int) -> None:
-    """The arguments of the transformer stage, with these defaults."""
-    parser.add_argument("--steps", type=int, default=steps, help="transformer steps")
-    parser.add_argument("--batch_size", type=int, default=batch_size)
-    parser.add_argument(
-        "--learning_rate", type=float, default=1e-3, help="peak; cosine decay after 500 steps of warm-up"
-    )
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--compile", action="store_true", help="compile each transformer (needs a C++ compiler)")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from arguments import CATEGORIES
+
 
 SIZE = 40  # pixels, square
 SHAPES = ("circle", "square", "triangle")
@@ -25,7 +27,6 @@ COLOURS = {  # RGB in [0, 1]; hues 60 degrees apart or more
 USUAL_COLOURS = {"circle": ("red", "yellow"), "square": ("green", "blue"), "triangle": ("purple",)}
 COUNTS = {"two": 2, "three": 3}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-CATEGORIES = ("single_object", "colors", "two_object", "color_attribution", "counting", "position")
 
 MIN_RADIUS, MAX_RADIUS = 5.0, 6.2  # pixels
 HALF_SIDE = 0.92  # of a square, in radii

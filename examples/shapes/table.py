@@ -11,31 +11,26 @@ student/; its rows) in --output_dir, all rows to --results, and their means and 
 are those of train_sid_dit.py.
 """
 
-import argparse
 import functools
 import json
 import random
 import statistics
 from pathlib import Path
 
-from demo import (
+from arguments import (
     CALL,
-    HERE,
-    REPOSITORY,
-    Judge,
+    CATEGORIES,
     add_sequence_length,
-    few_step_cases,
+    build_parser,
+    check_documents,
+    check_prompts,
     in_steps,
-    load_pipelines,
-    own_steps,
-    train,
 )
-from detector import accuracy
+from demo import few_step_cases, own_steps, train
 from hf_flowdistill.cli import silence_libraries
 from hf_flowdistill.commands import export
 from hf_flowdistill.errors import UserError, exit_on_user_error
 from hf_flowdistill.evaluation.report import format_cells, save_report
-from scenes import CATEGORIES, render
 
 
 MARKS = ("<!-- table of table.py -->", "<!-- end of the table -->")
@@ -53,6 +48,11 @@ def judged_once(file: Path, settings: dict, judge) -> list[dict]:
 
 def judge_seed(args, seed: int, student: Path) -> list[dict]:
     """The rows of one seed: real renders, the teacher, its controls, the student."""
+    from detector import accuracy
+    from judging import Judge, load_pipelines
+    from scenes import render
+
+    silence_libraries()
     pipelines = load_pipelines(Path(args.teacher), student)
     call = CALL | {"max_sequence_length": args.max_sequence_length}
     judge, scale = Judge(args.num_prompts, 2026 + seed, call), args.guidance_scale
@@ -108,13 +108,6 @@ def summarize(rows: list[dict]) -> str:
     return format_cells(lines)
 
 
-def check_documents(documents: list[str], marks: tuple[str, str] = MARKS) -> None:
-    """Raise `UserError` unless each of these Markdown files has a place for the table."""
-    for document in documents:
-        if not Path(document).is_file() or any(Path(document).read_text("utf-8").count(mark) != 1 for mark in marks):
-            raise UserError(f"{document} has no place for the table: write a line {marks[0]} and a line {marks[1]}.")
-
-
 def insert(table: str, document: Path, marks: tuple[str, str] = MARKS) -> None:
     """Put the table between the marks of a Markdown file, in place of the one that is there."""
     before, rest = document.read_text(encoding="utf-8").split(marks[0])
@@ -128,29 +121,6 @@ def publish(rows: list[dict], table: str, args, marks: tuple[str, str] = MARKS) 
     for document in args.documents:
         insert(table, Path(document), marks)
     print(f"\n{table}\n\nSee {', '.join([args.results, *args.documents])}.")
-
-
-def check_prompts(count: int) -> None:
-    """Raise `UserError` if there are too few prompts to judge every category."""
-    if count < len(CATEGORIES) * 10:
-        raise UserError(f"--num_prompts must be at least {len(CATEGORIES) * 10}.")
-
-
-def build_parser(description: str, output_dir: str, results: str, document: str, config: str):
-    """The arguments of a table over seeds, with these defaults: names in the working directory, in docs/results, in
-    docs and beside this script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default=output_dir, help="where the runs are (default: %(default)s)")
-    parser.add_argument("--results", default=str(REPOSITORY / "docs/results" / results), help="file of all rows")
-    parser.add_argument(
-        "--documents", nargs="*", default=[str(REPOSITORY / "docs" / document)], help="Markdown files with the marks"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings")
-    parser.add_argument("--teacher", default=str(HERE / "teacher"), help="a shapes pipeline")
-    parser.add_argument("--config", default=str(HERE / config), help="arguments of train_sid_dit.py")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the teacher, as in the recipe")
-    parser.add_argument("--num_prompts", type=int, default=2000, help="freshly drawn prompts of each seed")
-    return parser
 
 
 def parse_args():
@@ -174,8 +144,7 @@ def main():
     check_prompts(args.num_prompts)
     if args.trainings < 1:
         raise UserError(f"--trainings is {args.trainings}: it must be at least 1.")
-    check_documents(args.documents)
-    silence_libraries()
+    check_documents(args.documents, MARKS)
     rows = []
     for seed in args.seeds:
         folder = Path(args.output_dir).resolve() / f"seed-{seed}"

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ import yaml
 
 from hf_flowdistill.errors import UserError, exit_on_user_error
 
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else every process tells of a kernel for CPUs, on import
 
 COMMANDS = {  # a module of commands/, imported when it is called, since torch and diffusers take seconds
     "inspect": "Print how a pipeline talks to its transformer, or why it cannot be a teacher.",
@@ -104,31 +105,54 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._ignored: list[tuple[str, Callable, str]] = []
         self.add_argument("--config", metavar="FILE.yaml", help="more arguments, one 'name: value' per line")
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help).")
 
-    def parse_args(self, args=None, namespace=None):
-        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names."""
+    def refuse(self, *rules: tuple[str, Callable, str]) -> None:
+        """Refuse arguments that are given where they would be ignored.
+
+        A rule has their names, divided by spaces, what says so of the parsed arguments, and the end of "--name ...".
+        A config file may be overruled on the command line: its arguments are held against that file alone.
+        """
+        self._ignored += [(name, when, reason) for names, when, reason in rules for name in names.split()]
+
+    def _check_ignored(self, words: list[str], parsed) -> None:
+        """Raise `UserError` if one of `words` gives an argument that `parsed` would ignore."""
+        nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
+        given = vars(super().parse_args(words, nothing))
+        for name, when, reason in self._ignored:
+            if given[name] is not None and when(parsed):
+                raise UserError(f"--{name} {reason}")
+
+    def parse_args(self, args=None, namespace=None, before=()):
+        """Parse `args` (default: those of the process) after the arguments of the file that `--config` names, these
+        after the words `before`; the later win."""
         args = sys.argv[1:] if args is None else list(args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
         finder.add_argument("--config")
         path = finder.parse_known_args(args)[0].config
         # the file's name again, since what stands behind a list would be taken for one more of its entries
-        given = [] if path is None else [*self._words_of(path), f"--config={path}"]
-        parsed = super().parse_args(given + args, namespace)
+        file = [] if path is None else self.words_of(path)
+        given = [] if path is None else [*file, f"--config={path}"]
+        parsed = super().parse_args([*before, *given, *args], namespace)
         for action in self._actions:
             if isinstance(action.type, Bounded):
                 value = getattr(parsed, action.dest)
                 for number in value if isinstance(value, list) else [value]:
                     if number is not None and not action.type.holds(number):
                         raise UserError(f"--{action.dest} is {number}: it must be {action.type.allowed}.")
+        if self._ignored:
+            self._check_ignored(file, super().parse_args(file))
+            self._check_ignored(args, parsed)
         return parsed
 
-    def _words_of(self, path: str) -> list[str]:
-        """A config file as the words of a command line, so that types and choices are checked alike.
+    def words_of(self, path, leave_out=()) -> list[str]:
+        """A config file as the words of a command line, so that types and choices are checked alike; without the
+        arguments that are to be left out.
 
         Values are taken as the text that stands in the file.
         """
@@ -157,7 +181,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = []
         for name, (_, node) in zip(names, root.value):
             try:
-                words += _words(actions[name], node, loader)
+                words += [] if name in leave_out else _words(actions[name], node, loader)
             except ValueError as error:
                 raise UserError(f"the config file {path} gives {name} {error}.") from None
         return words
@@ -173,6 +197,12 @@ def main(input_args=None):
         raise UserError(f"flowdistill has no command {words[0]}: choose one of {', '.join(COMMANDS)}.")
     else:
         importlib.import_module(f"hf_flowdistill.commands.{words[0]}").main(words[1:])
+
+
+def say(text: str) -> None:
+    """A line on the screen, of the first of all processes, before there is a log."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def silence_libraries() -> None:
@@ -199,16 +229,10 @@ def json_object(text: str) -> dict:
 
 def image_sizes(text: str) -> list[tuple[int, int]]:
     """The type of an argument that lists sizes as diffusers' scripts do: (height, width) of "512,512;384,680"."""
-    from diffusers.training_utils import parse_buckets_string  # here, since it takes seconds too
-
-    try:
-        with warnings.catch_warnings():  # of what is not divisible by 8; the pipeline itself says what it can make
-            warnings.simplefilter("ignore")
-            sizes = parse_buckets_string(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}"
-        ) from None
+    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", pair) for pair in text.split(";")]
+    sizes = [tuple(map(int, pair.groups())) for pair in pairs if pair]
+    if len(sizes) < len(pairs) or not all(map(all, sizes)):
+        raise argparse.ArgumentTypeError(f"must be pairs of height and width, e.g. 512,512;384,680, not {text!r}")
     if len(set(sizes)) < len(sizes):
         raise argparse.ArgumentTypeError(f"must be different sizes, not {text!r}")
     return sizes
@@ -220,10 +244,9 @@ def add_origin_arguments(add) -> None:
     add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
 
 
-def add_call_arguments(add, resolution: int | None = None) -> None:
-    """The size of a pipeline's images, by default `resolution` or, if that is None, its own, and --pipeline_kwargs."""
-    own = "" if resolution else "; by default the pipeline's"
-    add("--resolution", type=COUNT, default=resolution, metavar="PIXELS", help=f"height and width of the images{own}")
+def add_call_arguments(add) -> None:
+    """The size of a pipeline's images, by default its own, and --pipeline_kwargs."""
+    add("--resolution", type=COUNT, metavar="PIXELS", help="height and width of the images; by default the pipeline's")
     add("--height", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
     add("--width", type=COUNT, metavar="PIXELS", help="where it differs from --resolution")
     add(
@@ -250,6 +273,13 @@ def check_installed(library: str, argument: str, used: bool) -> None:
     """Raise `UserError` if `argument` is `used` but the library that it needs is not installed."""
     if used and importlib.util.find_spec(library) is None:
         raise UserError(f"{argument} needs {library}, which is not installed: pip install {library}.")
+
+
+def check_model(path) -> None:
+    """Raise `UserError` if there is no folder at `path`, and it cannot be meant as an id on the Hub either."""
+    looks_like_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    if not os.path.exists(path) and not looks_like_hub_id:
+        raise UserError(f"{path} does not exist: give a diffusers pipeline folder or a Hub id.")
 
 
 def check_output_dir(output_dir, argument: str = "--output_dir") -> None:

@@ -3,10 +3,15 @@
 """Mistakes a user can make, told in one sentence."""
 
 import functools
+import json
+import os
 import sys
+import time
+from pathlib import Path
 
 
 DISK_FULL = "No space left on device", "Disk quota exceeded", "File too large"  # of which errors have many types
+PATIENCE = 5  # seconds
 
 
 class UserError(ValueError):
@@ -26,12 +31,27 @@ def exit_on_user_error(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
             sys.exit(2)
         except Exception as error:
             if not any(words in str(error) for words in DISK_FULL):
                 raise
-            print(f"error: {first_line(error)}: free some space and start again.", file=sys.stderr)
+            _tell(f"error: {first_line(error)}: free some space and start again.")
             sys.exit(1)
 
     return wrapped
+
+
+def _tell(sentence: str) -> None:
+    """Say on stderr why this process ends, and to torchrun, whose report at its own end then has it too.
+
+    Of several processes on a machine, which mostly end for one reason, the first says it. The others wait: their
+    launcher ends them meanwhile, unless they are the only ones to fail.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(PATIENCE)
+    print(sentence, file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")

@@ -27,7 +27,7 @@ from hf_flowdistill.evaluation.report import format_cells
 from hf_flowdistill.methods.sid import choose_guidance
 from hf_flowdistill.networks.loading import load_pipeline
 from hf_flowdistill.teachers import decode
-from hf_flowdistill.training.checkpointing import latest_checkpoint
+from hf_flowdistill.training.folders import latest_checkpoint
 
 
 SIGMAS = (0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)

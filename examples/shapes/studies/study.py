@@ -16,7 +16,7 @@ import torch
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from demo import CALL, HERE  # noqa: E402  (from the folder above, not installed)
+from arguments import CALL, HERE  # noqa: E402  (from the folder above, not installed)
 from hf_flowdistill import flow  # noqa: E402
 from hf_flowdistill.errors import UserError  # noqa: E402
 from hf_flowdistill.flow.timesteps import few_step_sigmas  # noqa: E402

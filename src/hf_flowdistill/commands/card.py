@@ -6,8 +6,6 @@ from pathlib import Path
 
 from hf_flowdistill.cli import ArgumentParser
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.hub.card import read_report, write_card
-from hf_flowdistill.hub.export import add_results
 from hf_flowdistill.hub.settings import read_settings, write_settings
 
 
@@ -26,6 +24,8 @@ def main(input_args):
     report = read_evaluation(args)
     if args.grid and not Path(args.grid).is_file():
         raise UserError(f"--grid {args.grid} does not exist: give a picture.")
+
+    from hf_flowdistill.hub.export import add_results, write_card  # with torch, which takes seconds
 
     if args.license:
         settings["student"]["teacher_card"] = {"license": args.license}
@@ -50,5 +50,7 @@ def read_evaluation(args) -> dict | None:
         if args.protocol or args.eval_dataset:
             raise UserError("--protocol and --eval_dataset are about a --report: give one.")
         return None
+    from hf_flowdistill.hub.card import read_report
+
     given = {"protocol": args.protocol, "dataset": args.eval_dataset}
     return read_report(args.report) | {name: text for name, text in given.items() if text}

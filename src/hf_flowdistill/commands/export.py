@@ -6,75 +6,26 @@ Of several runs or checkpoints, the student is the mean of their weights. It is 
 differ in --seed only, often better than they are on average.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from diffusers.utils import make_image_grid
-
-from hf_flowdistill.cli import COUNT, ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.cli import (
+    COUNT,
+    ArgumentParser,
+    check_model,
+    json_object,
+    silence_libraries,
+)
 from hf_flowdistill.commands.card import add_evaluation_arguments, read_evaluation
-from hf_flowdistill.commands.inspect import check_device, own_resolution
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.rollout import NOISE_TYPES, Sampler
-from hf_flowdistill.hub.card import write_card
-from hf_flowdistill.hub.export import (
-    CardContent,
-    TeacherSource,
-    TrainingRecord,
-    add_results,
-    check_export_dir,
-    check_shared_components,
-    export_student,
-)
-from hf_flowdistill.hub.published import load_published
-from hf_flowdistill.hub.settings import read_settings, write_settings
-from hf_flowdistill.hub.student import few_step_pipeline, load_student
-from hf_flowdistill.networks.adapters import merged, save_lora
-from hf_flowdistill.networks.loading import load_pipeline
-from hf_flowdistill.teachers import learn_contract
-from hf_flowdistill.teachers.finite import finite_images
-from hf_flowdistill.training import checkpointing, monitors
-from hf_flowdistill.training.averaging import (
-    check_teacher,
-    common_method,
-    common_settings,
-    find_checkpoint,
-    load_average,
-    total_facts,
-)
+from hf_flowdistill.flow.names import NOISE_TYPES
+from hf_flowdistill.hub.settings import check_export_dir
+from hf_flowdistill.hub.teacher_card import check_repo, check_shared_components
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
+from hf_flowdistill.training.folders import find_checkpoint, read_state
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = 4  # samples of each prompt in a grid that is drawn here
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is to export.
-
-    Attributes:
-        pipeline: the teacher's.
-        network: the student's transformer, or its role on the teacher's.
-        pipeline_kwargs: arguments of the pipeline's call that the student was trained with, its size among them.
-        grid: a picture of its samples, if there is one.
-    """
-
-    pipeline: Any
-    network: Any
-    sampler: Sampler
-    pipeline_kwargs: dict[str, Any]
-    teacher: TeacherSource
-    training: TrainingRecord
-    grid: Path | None = None
-
-    def contract(self):
-        """The teacher's, at the student's size."""
-        size = {name: self.pipeline_kwargs[name] for name in ("height", "width")}
-        others = {name: value for name, value in self.pipeline_kwargs.items() if name not in size}
-        return learn_contract(self.pipeline, pipeline_kwargs=others, **size)
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}  # -> as torch calls it
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def parse_args(input_args):
@@ -106,7 +57,7 @@ def parse_args(input_args):
     )
     add_evaluation_arguments(add)
     add("--cache_dir", metavar="DIR", help="where downloaded models are kept")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
+    add_device_argument(add)
 
     add = parser.add_argument_group("a student that others have published").add_argument
     add("--from_repo", metavar="REPO", help="instead of a run: a Hub id or folder with a transformer")
@@ -123,16 +74,41 @@ def parse_args(input_args):
     given = [f"--{name}" for name in theirs if getattr(args, name) is not None]
     if args.runs and given:
         parser.error(f"{', '.join(given)} belong to --from_repo: a run knows its own")
-    check_device(args.device)
+    if args.from_repo:
+        check_repo(args.from_repo)
+    if args.teacher:
+        check_model(args.teacher)
+        check_shared_components(args.shared_components, args.teacher)
     check_export_dir(args.output_dir)
+    args.dtype = DTYPES[args.dtype]
     return args
+
+
+def read_checkpoints(runs) -> dict[Path, dict]:
+    """The last checkpoint of each run, or the run itself if it is one -> its state.
+
+    Raises:
+        UserError: one has none, or is given twice.
+    """
+    found = {checkpoint: read_state(checkpoint) for checkpoint in map(find_checkpoint, runs)}
+    if len(found) < len(runs):
+        raise UserError("one checkpoint is given more than once: a mean takes each of them once.")
+    return found
 
 
 def main(input_args):
     args = parse_args(input_args)
-    report = read_evaluation(args)
+    report, checkpoints = read_evaluation(args), read_checkpoints(args.runs)
+
+    import torch  # what computes is imported here, since it takes seconds
+
+    from hf_flowdistill.commands.exported import draw_grid, from_repo, from_runs
+    from hf_flowdistill.hub.export import CardContent, export_student
+    from hf_flowdistill.networks.adapters import merged, save_lora
+
+    args.device = check_device(args.device)
     silence_libraries()
-    found = from_repo(args) if args.from_repo else from_runs(args)
+    found = from_repo(args) if args.from_repo else from_runs(args, checkpoints)
     found.pipeline.to(args.device)
     contract = found.contract()
     found.pipeline.to("cpu")
@@ -143,7 +119,7 @@ def main(input_args):
         transformer=merged(found.network),
         contract=contract,
         pipeline_kwargs=found.pipeline_kwargs,
-        dtype=DTYPES[args.dtype],
+        dtype=getattr(torch, args.dtype),
         shared_components=args.shared_components,
         teacher=found.teacher,
         training=found.training,
@@ -159,98 +135,3 @@ def main(input_args):
     if args.prompts:
         draw_grid(folder, args)
     print(folder)
-
-
-def from_runs(args) -> Found:
-    """The averaged generator of a checkpoint, or the mean of several, in its teacher's pipeline; what the runs say."""
-    found = {checkpoint: checkpointing.read_state(checkpoint) for checkpoint in map(find_checkpoint, args.runs)}
-    if len(found) < len(args.runs):
-        raise UserError("one checkpoint is given more than once: a mean takes each of them once.")
-    for one in found.values():
-        monitors.check_trained(one)
-    (checkpoint, state), several = next(iter(found.items())), len(found) > 1
-    settings = common_settings(found)
-    teacher, origin = find_teacher(args, checkpoint, state["settings"])
-    check_shared_components(args.shared_components, teacher)
-    dtype, where = DTYPES[args.dtype], {"cache_dir": args.cache_dir, **origin}
-    pipeline = load_pipeline(teacher, dtype=dtype, **where)
-
-    def transformer():
-        if dtype == torch.float32:
-            return pipeline.transformer
-        how = {"subfolder": "transformer", "dtype": torch.float32, "use_safetensors": True}
-        return type(pipeline.transformer).from_pretrained(teacher, **how, **where)
-
-    # what was trained whole has weights of its own
-    compared = args.teacher or settings.get("networks") == "lora"
-    check_teacher(settings, pipeline, teacher, transformer if compared else None)
-    facts = total_facts(found)
-    return Found(
-        pipeline=pipeline,
-        network=load_average(list(found), pipeline.transformer, settings),
-        sampler=Sampler(settings["num_steps"], settings["noise_type"], settings["sigmas"]),
-        pipeline_kwargs=settings["pipeline_kwargs"] | {"height": settings["height"], "width": settings["width"]},
-        teacher=TeacherSource(teacher, origin.get("revision")),
-        training=TrainingRecord(
-            arguments={**settings, "images_seen": facts["images_seen"]},
-            measured=facts | ({"averaged": len(found)} if several else {}),
-            **common_method(found),
-        ),
-        grid=None if several else monitors.last_sheet(checkpoint.parent, state),
-    )
-
-
-def find_teacher(args, checkpoint: Path, settings: dict) -> tuple[str, dict]:
-    """Where the teacher is: as it is told, or as the run recorded it, with its revision and variant.
-
-    Raises:
-        UserError: it is no longer where it was.
-    """
-    if args.teacher:
-        return args.teacher, {}
-    teacher = settings["pretrained_model_name_or_path"]
-    if Path(teacher).is_absolute() and not Path(teacher).exists():  # a folder is recorded by its absolute path
-        raise UserError(
-            f"{teacher}, the teacher of {checkpoint}, is no longer there: say with --teacher where it is now."
-        )
-    return teacher, {name: settings[name] for name in ("revision", "variant")}
-
-
-def from_repo(args) -> Found:
-    """A published student in its teacher's pipeline."""
-    if args.teacher:
-        check_shared_components(args.shared_components, args.teacher)
-    pipeline, teacher, told = load_published(
-        args.from_repo,
-        teacher=args.teacher,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-        dtype=DTYPES[args.dtype],
-    )
-    for sentence in told:
-        print(f"configuration of {args.from_repo}: {sentence}")
-    resolution = args.resolution or own_resolution(pipeline)
-    return Found(
-        pipeline=pipeline,
-        network=pipeline.transformer,
-        sampler=Sampler(args.num_steps or 4, args.noise_type or "fresh"),
-        pipeline_kwargs={"height": resolution, "width": resolution, **(args.pipeline_kwargs or {})},
-        teacher=TeacherSource(teacher),
-        training=TrainingRecord(published_by=None if Path(args.from_repo).exists() else args.from_repo),
-    )
-
-
-def draw_grid(folder, args):
-    """Samples of the student, as it has been written, on its card: a row for each prompt, from seeds 0 to 3."""
-    settings = read_settings(folder)
-    student = few_step_pipeline(load_student(folder, settings, dtype=DTYPES[args.dtype]), settings).to(args.device)
-    with finite_images(student):
-        images = [
-            student(prompt, generator=torch.Generator(args.device).manual_seed(seed)).images[0]
-            for prompt in args.prompts
-            for seed in range(COLUMNS)
-        ]
-    settings["student"]["grid_prompts"] = args.prompts
-    write_settings(folder, settings)
-    add_results(folder, grid=make_image_grid(images, rows=len(args.prompts), cols=COLUMNS))
-    write_card(folder)

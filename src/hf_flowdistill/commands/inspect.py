@@ -2,14 +2,14 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Print how a pipeline talks to its transformer, or why it cannot be a teacher."""
 
-import torch
-
-from hf_flowdistill.cli import ArgumentParser, add_call_arguments, add_origin_arguments, silence_libraries
-from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks.loading import load_pipeline
-from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
-from hf_flowdistill.teachers import encode_prompts, learn_contract, learn_low_precision
-from hf_flowdistill.training.initial_weights import check_no_student
+from hf_flowdistill.cli import (
+    ArgumentParser,
+    add_call_arguments,
+    add_origin_arguments,
+    check_model,
+    silence_libraries,
+)
+from hf_flowdistill.networks.arguments import add_device_argument, check_device
 
 
 def main(input_args):
@@ -20,14 +20,23 @@ def main(input_args):
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add_call_arguments(add)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="where to run")
+    add_device_argument(add)
     args = parser.parse_args(input_args)
-    check_device(args.device)
+    check_model(args.model)
+
+    import torch  # what computes is imported here, since it takes seconds
+
+    from hf_flowdistill.networks.loading import load_pipeline
+    from hf_flowdistill.planning.describe import describe_conditioning, describe_networks
+    from hf_flowdistill.teachers import encode_prompts, learn_contract, learn_low_precision
+    from hf_flowdistill.training.initial_weights import check_no_student
+
+    device = check_device(args.device)
     silence_libraries()
     origin = {"revision": args.revision, "cache_dir": args.cache_dir}
     check_no_student(args.model, **origin)
     how = {"variant": args.variant, "dtype": getattr(torch, args.dtype)}
-    pipeline = load_pipeline(args.model, **how, **origin).to(args.device)
+    pipeline = load_pipeline(args.model, **how, **origin).to(device)
     resolution = args.resolution or own_resolution(pipeline)
     contract = learn_contract(
         pipeline,
@@ -39,13 +48,6 @@ def main(input_args):
     rows, _ = encode_prompts(pipeline, contract, ["a cat"])
     kept = {name: (tuple(row.shape[1:]), row.numel() * row.element_size()) for name, row in rows.tensors.items()}
     print("\n".join([contract.describe(), *describe_networks(pipeline), describe_conditioning(kept)]))
-
-
-def check_device(device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        raise UserError(f"--device {device} cannot be used: {first_line(error)}") from error
 
 
 def own_resolution(pipeline) -> int:

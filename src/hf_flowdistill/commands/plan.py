@@ -3,53 +3,79 @@
 """Tell which ways of training a pipeline fit on given GPUs, from its configurations alone, and how to run them."""
 
 import functools
+import gc
+import itertools
 import json
 import os
 import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hf_flowdistill.cli import ArgumentParser, json_object, silence_libraries
+from hf_flowdistill.cli import ArgumentParser, check_model, json_object, silence_libraries
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.planning.choices import BASES, SHARE, format_choices, list_choices
-from hf_flowdistill.training.initial_weights import check_no_student
+from hf_flowdistill.networks.names import NETWORKS, RANK
 
 
 def main(input_args):
     args = parse_args(input_args)
+
+    from tqdm import tqdm  # what computes is imported here, since it takes seconds
+
+    from hf_flowdistill.planning.choices import SHARE, format_lines
+    from hf_flowdistill.training.initial_weights import check_no_student
+
     silence_libraries()
     check_no_student(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    gc.freeze()  # what is imported stays, and is not looked through again and again
+    title, choices = f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n", []
+    lines = format_lines(noted(planned(args), choices))
     try:
-        choices = list_choices(
-            args.model,
-            gpus=args.gpus,
-            memory=args.memory * 1e9,
-            height=args.height or args.resolution,
-            width=args.width or args.resolution,
-            batch_sizes=args.train_batch_size,
-            networks=args.networks,
-            rank=args.rank,
-            guidance_mode=args.guidance_mode,
-            pipeline_kwargs=args.pipeline_kwargs,
-            share_rollout=args.share_rollout,
-            arguments=script_arguments(args),
-            progress=functools.partial(tqdm, leave=False, unit="rehearsal"),
-            revision=args.revision,
-            cache_dir=args.cache_dir,
-        )
+        for line in itertools.chain([next(lines), title][::-1], lines):
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
     except (UserError, MemoryError):
         raise
     except Exception as error:  # what a network without values raises is of any kind
         raise UserError(f"{args.model} cannot be planned without its weights: {first_line(error)}") from error
-    print(f"GB on each of {args.gpus} GPUs of {args.memory:g} GB, {SHARE:.0%} of which may be filled:\n")
-    print(format_choices(choices))
     fitting = [choice for choice in choices if choice.fits]
     print("\nWhat fits:\n" if fitting else "\nNothing fits.")
     print("\n".join(choice.command for choice in fitting), end="\n" * bool(fitting))
     if args.output_file:
         listed = json.dumps([choice.as_dict() for choice in choices], indent=2)
         Path(args.output_file).write_text(listed + "\n", encoding="utf-8")
+
+
+def planned(args) -> Iterator:
+    """The choices that the arguments leave, one after the other."""
+    from tqdm import tqdm
+
+    from hf_flowdistill.planning.choices import list_choices
+
+    return list_choices(
+        args.model,
+        gpus=args.gpus,
+        memory=args.memory * 1e9,
+        height=args.height or args.resolution,
+        width=args.width or args.resolution,
+        batch_sizes=args.train_batch_size,
+        networks=args.networks,
+        rank=args.rank,
+        guidance_mode=args.guidance_mode,
+        pipeline_kwargs=args.pipeline_kwargs,
+        share_rollout=args.share_rollout,
+        arguments=script_arguments(args),
+        progress=functools.partial(tqdm, leave=False, unit="row", dynamic_ncols=True, disable=None),
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+    )
+
+
+def noted(choices: Iterable, seen: list) -> Iterator:
+    """`choices`, each of which is in `seen` afterwards."""
+    for choice in choices:
+        seen.append(choice)
+        yield choice
 
 
 def parse_args(input_args):
@@ -73,12 +99,12 @@ def parse_args(input_args):
     add(
         "--networks",
         nargs="+",
-        choices=tuple(BASES),
-        default=list(BASES),
+        choices=NETWORKS,
+        default=list(NETWORKS),
         metavar="NAME",
         help="as of train_sid_dit.py",
     )
-    add("--rank", type=int, default=64, metavar="N", help="of the LoRAs, on all linear layers of the blocks")
+    add("--rank", type=int, default=RANK, metavar="N", help="of the LoRAs, on all linear layers of the blocks")
     add("--share_rollout", action="store_true", help="as of train_sid_dit.py")
     add(
         "--pipeline_kwargs", type=json_object, default={}, metavar="JSON", help="more arguments of the pipeline's call"
@@ -90,6 +116,7 @@ def parse_args(input_args):
         for value in values:
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{name} is {value:g}: it must be above 0.")
+    check_model(args.model)
     if args.output_file:
         check_output_file(Path(args.output_file).absolute())
     return args

@@ -3,7 +3,6 @@
 """Publish an exported student on the Hub, in one commit. What is there already is not sent again."""
 
 from hf_flowdistill.cli import ArgumentParser
-from hf_flowdistill.hub.push import upload_student
 
 
 def main(input_args):
@@ -19,6 +18,8 @@ def main(input_args):
     args = parser.parse_args(input_args)
     if args.create_pr and args.revision:
         parser.error("--create_pr is against main: leave out --revision")
+
+    from hf_flowdistill.hub.push import upload_student  # with the Hub's client
 
     pushed = upload_student(
         args.folder,

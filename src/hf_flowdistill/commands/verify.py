@@ -3,7 +3,6 @@
 """Download a repository, if it is not there yet, and compare every file with the Hub's checksum."""
 
 from hf_flowdistill.cli import ArgumentParser, add_origin_arguments
-from hf_flowdistill.hub.verify import verify_repository
 
 
 def main(input_args):
@@ -16,6 +15,8 @@ def main(input_args):
     args = parser.parse_args(input_args)
     if args.local_dir and args.cache_dir:
         parser.error("--local_dir is compared without the cache: leave out --cache_dir")
+
+    from hf_flowdistill.hub.verify import verify_repository  # with the Hub's client
 
     verified = verify_repository(
         args.repo_id,

@@ -47,11 +47,15 @@ class CachedConditioning:
     """The rows of some texts in a cache: like a `Conditioning` to index, but they stay on the disk until then.
 
     Rows of different lengths are filled up to the longest that is asked for, as by `Conditioning.cat`.
+
+    Attributes:
+        shards: the files.
+        places: [n, 2], of each row: which shard, which row in it.
+        encoded: how many distinct rows were not there before.
     """
 
-    def __init__(self, shards: list[Path], places: torch.Tensor):
-        self.shards = shards
-        self.places = places  # [n, 2]: which shard, which row in it
+    def __init__(self, shards: list[Path], places: torch.Tensor, encoded: int = 0):
+        self.shards, self.places, self.encoded = shards, places, encoded
 
     def __len__(self) -> int:
         return len(self.places)
@@ -67,12 +71,21 @@ class CachedConditioning:
         about = [read_about(path, "conditioning")["rows"] for path in self.shards]
         return (tuple(about[shard][row]) for shard, row in self.places.tolist())
 
-    def losses(self, texts: Sequence[str]) -> str:
-        """A sentence on those of `texts`, all distinct and one for each row, that were cut or are alike once they are
-        encoded; "" if there are none."""
+    def origin(self) -> str:
+        """In words, how many rows were read and how many encoded."""
+        folder, read = self.shards[0].parent, len(self.places.unique(dim=0)) - self.encoded
+        parts = [f"{read} prompts are read from {folder}"] * bool(read)
+        parts += [f"{self.encoded} are encoded" if read else f"{self.encoded} prompts are encoded"] * bool(
+            self.encoded
+        )
+        return ", ".join(parts)
+
+    def losses(self, texts: Sequence[str], kind: str = "prompts") -> str:
+        """A sentence on those of `texts`, one for each row, that were cut or are alike once they are encoded; "" if
+        there are none."""
         cut, limits, longest, seen, alike = Counter(), {}, (0, ""), set(), 0
         several = 0
-        for text, (row, tokens, lengths) in zip(texts, self.notes()):
+        for text, (row, tokens, lengths) in dict(zip(texts, self.notes())).items():
             several += bool(lengths)
             for name, (length, limit) in lengths.items():
                 cut[name] += 1
@@ -86,11 +99,11 @@ class CachedConditioning:
             by = ", ".join(f"{count} by {name} to {limits[name]} tokens" for name, count in sorted(cut.items()))
             shown = longest[1] if len(longest[1]) <= SHOWN else longest[1][:SHOWN] + "..."
             parts.append(
-                f"{several} of {len(texts)} prompts are longer than the teacher takes and are cut, {by}: the longest "
+                f"{several} of {len(texts)} {kind} are longer than the teacher takes and are cut, {by}: the longest "
                 f"has {longest[0]}, {shown!r}"
             )
         if alike:
-            parts.append(f"{alike} of {len(texts)} prompts have the same conditioning as another one")
+            parts.append(f"{alike} of {len(texts)} {kind} have the same conditioning as another one")
         return "; ".join(parts)
 
 
@@ -133,6 +146,7 @@ def cached_conditioning(
         for path in holding[rank::world_size]:
             check_shard(path)
         wait()  # everyone has looked before anyone writes
+        missing = len(wanted) - len(found)
         _encode_share(folder, json_digest(key), wanted, found, encode, watched, rank, world_size)
         wait()
         found, holding = _find(folder, json_digest(key), wanted)
@@ -142,7 +156,8 @@ def cached_conditioning(
             "that all machines share."
         )
     number = {path: i for i, path in enumerate(holding)}
-    return CachedConditioning(holding, torch.tensor([(number[found[name][0]], found[name][1]) for name in names]))
+    places = torch.tensor([(number[found[name][0]], found[name][1]) for name in names])
+    return CachedConditioning(holding, places, missing)
 
 
 def _encode_share(folder, key, wanted, found, encode, watched, rank, world_size) -> None:
@@ -152,7 +167,7 @@ def _encode_share(folder, key, wanted, found, encode, watched, rank, world_size)
     blocks = [[name for name in block if name not in found] for block in blocks]
     share = list(filter(None, blocks))[rank::world_size]
     total = sum(map(len, share))
-    with tqdm(total=total, unit="prompt", desc="encoding", disable=rank > 0 or total == 0) as progress:
+    with tqdm(total=total, unit="prompt", desc="encoding", disable=rank > 0 or total <= PROMPTS_PER_BATCH) as progress:
         for block in share:
             rows, tokens = [], []
             for start in range(0, len(block), PROMPTS_PER_BATCH):

@@ -1,10 +1,21 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Files that are, after a crash at any moment or on a full disk, the whole new ones or what there was; checksums."""
+"""Files that are, after a crash at any moment or on a full disk, the whole new ones or what there was; whose they are.
+
+No torch, which takes seconds to import.
+"""
 
 import hashlib
 import os
+import re
 from pathlib import Path
+
+from hf_flowdistill.errors import UserError
+
+
+INDEX_FILE = "index.json"
+LOCK_FILE = ".lock"
+UNFINISHED = re.compile(r"unfinished-(\d+|index)\.tmp|\.tmp[A-Za-z0-9]{6}")  # as safetensors names it, before renaming
 
 
 def flush(path: Path) -> None:
@@ -37,3 +48,17 @@ def checksum(path: Path) -> str:
 
 def unfinished_name(name: str) -> str:
     return name + ".tmp"
+
+
+def check_cache_dir(folder, what: str, argument: str) -> None:
+    """Raise `UserError` if `folder` has files but no index: somebody's own, among which none may be deleted."""
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / INDEX_FILE).exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name != LOCK_FILE and not UNFINISHED.fullmatch(name)]
+    if others and not (folder / INDEX_FILE).exists():  # which another run may just have written
+        raise UserError(
+            f"{folder} has files, {others[0]} for one, but no {INDEX_FILE}, so it is no {what} cache: "
+            f"give a new or empty folder as {argument}."
+        )

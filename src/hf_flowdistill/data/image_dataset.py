@@ -18,6 +18,7 @@ import fsspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hf_flowdistill.data.files import checksum
+from hf_flowdistill.data.saved_datasets import is_saved, read_saved
 from hf_flowdistill.data.shards import DIGITS, json_digest
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow.draws import stream_seed
@@ -25,11 +26,16 @@ from hf_flowdistill.teachers.pictures import to_rgb
 
 
 SECONDS_BETWEEN_TRIES = 1, 2  # of an address that does not answer
+LOOKED_AT = 64  # rows, until one can be used
 ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # other formats keep views or layers of one picture beside it
 
 
 class UnusableImage(ValueError):
     """An image or a caption that is left out; the message says why."""
+
+
+class WrongType(UnusableImage):
+    """Something in the place of an image or a caption that can be neither: the column is another."""
 
 
 class ImageDataset:
@@ -63,6 +69,30 @@ class ImageDataset:
             raise
         except Exception as error:  # of the many kinds that files, archives and the Hub have
             raise UserError(f"the dataset {self.name} cannot be read: {first_line(error)}") from error
+
+    def check(self) -> None:
+        """Look at the first rows, until one can be used.
+
+        Raises:
+            UserError: they are all that there is, a column holds something else, or the data cannot be read.
+        """
+        number, reason = -1, "it is empty"
+        for number, image, caption in self.rows(0, LOOKED_AT):
+            try:
+                usable_caption(caption)
+                open_image(image)
+                return
+            except UnusableImage as error:
+                reason = f"row {number}: {error}" if number == 0 else reason
+                if isinstance(error, WrongType):
+                    break
+        else:
+            if number + 1 == LOOKED_AT:
+                return
+        raise UserError(
+            f"no image of the dataset {self.name} can be used ({reason}): choose --image_column and --caption_column "
+            "of images and texts, or another dataset."
+        )
 
     def captions(self) -> list[str]:
         """Those that can be used. No image is read.
@@ -100,7 +130,8 @@ def open_dataset(
     caption_column: str = "text",
     streaming: bool = False,
 ) -> ImageDataset:
-    """A text-image set: a Hub id, or a folder of images and their metadata.csv, of parquet files or of webdatasets.
+    """A text-image set: a Hub id, or a folder of images and their metadata.csv, of parquet files or of webdatasets, or
+    one that `save_to_disk` wrote.
 
     Args:
         streaming: read it as it is needed, without downloading or converting it as a whole first.
@@ -113,12 +144,7 @@ def open_dataset(
     except ImportError:
         raise UserError("--dataset_name needs the datasets library: `pip install datasets`.") from None
     try:
-        builder = datasets.load_dataset_builder(name, config)
-        if streaming:
-            rows = builder.as_streaming_dataset(split=split)
-        else:
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split=split)
+        rows, versions = _open(name, config, split, streaming)
         columns = rows.column_names or list(next(iter(rows), {}))
         for column, argument in ((image_column, "--image_column"), (caption_column, "--caption_column")):
             if column not in columns:
@@ -127,7 +153,6 @@ def open_dataset(
         if isinstance((rows.features or {}).get(image_column), datasets.Image):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         rows = rows.select_columns([image_column, caption_column])
-        versions = _file_versions(builder.config.data_files or {}, split)
     except UserError:
         raise
     except Exception as error:  # of the many kinds that files, archives and the Hub have
@@ -139,6 +164,22 @@ def open_dataset(
         "files": json_digest(versions)[:16],
     }
     return ImageDataset(name, rows, image_column, caption_column, identity)
+
+
+def _open(name: str, config: str | None, split: str, streaming: bool) -> tuple[Any, list]:
+    """The rows of a split, and what tells its versions apart, as JSON."""
+    import datasets
+
+    if is_saved(name):
+        rows = read_saved(name, config, split)  # from the disk as they are needed, streaming or not
+        return rows, [rows._fingerprint]
+    builder = datasets.load_dataset_builder(name, config)
+    if streaming:
+        rows = builder.as_streaming_dataset(split=split)
+    else:
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+    return rows, _file_versions(builder.config.data_files or {}, split)
 
 
 def _file_versions(data_files, split: str) -> list[tuple[str, Any]]:
@@ -164,7 +205,7 @@ def usable_caption(caption: Any) -> str:
         UnusableImage: it is blank, or not text.
     """
     if caption is not None and not isinstance(caption, str):
-        raise UnusableImage(f"its caption is no text but a {type(caption).__name__}")
+        raise WrongType(f"its caption is no text but a {type(caption).__name__}")
     if not (caption or "").strip():
         raise UnusableImage("it has no caption")
     return caption.strip()
@@ -180,6 +221,8 @@ def open_image(image: Any) -> Image.Image:
     """
     source = image
     if not isinstance(image, Image.Image):
+        if image is not None and not isinstance(image, (bytes, str, dict)):
+            raise WrongType(f"it is no image but {type(image).__name__}")
         image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
         source = io.BytesIO(_read_file(path) if data is None else data)

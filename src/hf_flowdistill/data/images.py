@@ -181,6 +181,7 @@ class ImagePairs:
                 clear_unfinished(self.folder)
             self._wait()
             found = self._shards.find(self.folder)
+            before = dict(found)
             for shard in list(found.values())[self._rank :: self._world_size]:
                 shard.check()
             self._wait()  # everyone has looked before anyone writes
@@ -195,6 +196,9 @@ class ImagePairs:
                     if PART.fullmatch(path.name) and path.is_dir() and path != self.folder:
                         shutil.rmtree(path)
         self.captions = [caption for shard in shards for caption in shard.captions]
+        kept = sum(len(shard.captions) for shard in shards if shard.path in {one.path for one in before.values()})
+        if self._rank == 0 and kept:
+            logger.info(f"{kept} of {len(self.captions)} images are read from {self._root}")
         self._places = [(shard.path, place) for shard in shards for place in range(len(shard.captions))]
         self._permutation.cache_clear()
         ends = [place for place, shard in enumerate(shards, start=1) if shard.last]

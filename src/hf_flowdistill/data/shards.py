@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,22 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_flowdistill.data.files import checksum, flush, replace_text
+from hf_flowdistill.data.files import (
+    INDEX_FILE,
+    LOCK_FILE,
+    UNFINISHED,
+    check_cache_dir,
+    checksum,
+    flush,
+    replace_text,
+)
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.teachers.finite import has_nan
 
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "index.json"
-LOCK_FILE = ".lock"
 DIGITS = 32  # of a checksum, in a name or a key
-UNFINISHED = re.compile(r"unfinished-(\d+|index)\.tmp|\.tmp[A-Za-z0-9]{6}")  # as safetensors names it, before renaming
 
 
 @contextlib.contextmanager
@@ -44,20 +48,6 @@ def one_run_at_a_time(folder: Path, what: str):
         yield
     finally:
         lock.release()
-
-
-def check_cache_dir(folder, what: str, argument: str) -> None:
-    """Raise `UserError` if `folder` has files but no index: somebody's own, among which none may be deleted."""
-    folder = Path(folder)
-    if not folder.is_dir() or (folder / INDEX_FILE).exists():
-        return
-    names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name != LOCK_FILE and not UNFINISHED.fullmatch(name)]
-    if others and not (folder / INDEX_FILE).exists():  # which another run may just have written
-        raise UserError(
-            f"{folder} has files, {others[0]} for one, but no {INDEX_FILE}, so it is no {what} cache: "
-            f"give a new or empty folder as {argument}."
-        )
 
 
 def claim(folder: Path, key: dict[str, Any], what: str, owner: str, argument: str) -> None:

@@ -4,17 +4,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hf_flowdistill import flow
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.flow.names import NOISE_TYPES, falls_from_one
 from hf_flowdistill.flow.timesteps import few_step_sigmas
-
-
-NOISE_TYPES = ("fresh", "fixed", "ddim")
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,6 @@ def rollout(
             if noise_type == "ddim" and not last:
                 noise = flow.noise_from_velocity(x_t, velocity, sigma)
     return x0
-
-
-def falls_from_one(levels: Sequence[float]) -> bool:
-    """Whether these can be a sampler's noise levels: the first is 1, and they decrease strictly without reaching 0."""
-    return levels[:1] == [1] and all(before > after for before, after in pairwise([*levels, 0]))
 
 
 def _checked(sigmas: Sequence[float] | Tensor) -> list[float]:

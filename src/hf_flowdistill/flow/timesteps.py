@@ -2,17 +2,11 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Which noise levels are visited: p(sigma) in training, what a loss makes of it, and few-step grids."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError
-
-
-# p(sigma) of SiD-DiT: the schedule SANA-Sprint's teacher was fine-tuned with (Sec. 4.1).
-SIGMA_MEAN = math.log(2)
-SIGMA_STD = 1.6
+from hf_flowdistill.flow.names import SIGMA_MEAN, SIGMA_STD
 
 
 def few_step_sigmas(num_steps: int) -> Tensor:

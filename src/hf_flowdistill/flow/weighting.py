@@ -11,11 +11,16 @@ float32, while a floor would change the objective for every sigma below it. Keep
 sigmas above 0.998 to 1. The error weight can meet a zero denominator at any sigma, so that one is floored.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from hf_flowdistill.errors import UserError
+
+
+if TYPE_CHECKING:  # a command line chooses among the names, and torch takes seconds to import
+    from torch import Tensor
 
 
 # Below this mean absolute error a sample counts as exact. Latents have unit scale, so it changes no ordinary sample.

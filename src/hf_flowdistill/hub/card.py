@@ -41,6 +41,18 @@ METHODS["sid_adversarial"] = METHODS["sid"] | {
         "student draws, and the student to be taken for one: it leans towards their style."
     ),
 }
+METHODS["freeflow"] = {
+    "name": "FreeFlow (flow map distillation without data)",
+    "arxiv": "2511.19428",
+    "paper": "Flow Map Distillation Without Data",
+    "summary": (
+        "The student jumps from noise to an image at once. It learns to follow the teacher's flow from noise, and a "
+        "second network, the fake score, learns the distribution of where the jumps end, by which they are corrected. "
+        "Training needs prompts, but no images."
+    ),
+    "key": "tong2025flow",
+    "authors": "Tong, Shangyuan and Ma, Nanye and Xie, Saining and Jaakkola, Tommi",
+}
 # Arguments that say how and where a run was made, not what was trained.
 NOT_HYPERPARAMETERS = re.compile(
     "config$|pretrained_model|student_model|revision|variant|.*_dir$|.*_file$|resume|checkpoint|checkpoints_total|validation|"

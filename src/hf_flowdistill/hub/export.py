@@ -22,9 +22,9 @@ from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.flow.rollout import Sampler
 from hf_flowdistill.hub.card import GRID_FILE, REPORT_FILE, read_report, write_card
 from hf_flowdistill.hub.secrets import without_secrets
-from hf_flowdistill.hub.settings import SETTINGS_FILE, read_settings, write_settings
+from hf_flowdistill.hub.settings import SETTINGS_FILE, check_export_dir, write_settings
 from hf_flowdistill.hub.student import render_pipeline, student_scheduler
-from hf_flowdistill.hub.teacher_card import is_hub_id, read_teacher_card
+from hf_flowdistill.hub.teacher_card import check_shared_components, is_hub_id, read_teacher_card
 from hf_flowdistill.teachers.finite import is_finite
 from hf_flowdistill.teachers.pictures import to_rgb
 from hf_flowdistill.teachers.precision import cast_dtype, floating_dtype
@@ -158,12 +158,6 @@ def _finite(transformer):
     return transformer
 
 
-def check_shared_components(shared_components, teacher) -> None:
-    """Refuse to refer to components of a teacher that nobody else can load."""
-    if shared_components == "referenced" and not is_hub_id(str(teacher)):
-        raise UserError(f"components of {teacher} cannot be referenced, since it is not on the Hub: copy them.")
-
-
 def add_results(folder, *, report=None, grid=None) -> None:
     """Add an evaluation (its path, or what `card.read_report` returns) and a picture (path or PIL) to a student."""
     if report is not None:
@@ -180,16 +174,6 @@ def _picture(path) -> Image.Image:
             return to_rgb(opened)
     except Exception as error:  # of the many kinds that PIL's readers have
         raise UserError(f"the picture {path} cannot be read ({first_line(error)}): give another.") from error
-
-
-def check_export_dir(output_dir) -> Path:
-    """`output_dir` as a path, if `export_student` may write there: it is new, empty, or holds an earlier export."""
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose a folder for the student.")
-    if folder.is_dir() and any(folder.iterdir()) and read_settings(folder) is None:
-        raise UserError(f"{folder} is not empty and holds no earlier export of a student: choose another folder.")
-    return folder
 
 
 def _call_defaults(sampler: Sampler, contract, pipeline_kwargs) -> dict[str, Any]:

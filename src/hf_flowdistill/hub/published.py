@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.hub.checksums import PICKLES, files_of
 from hf_flowdistill.hub.client_errors import persistently, reason
-from hf_flowdistill.hub.teacher_card import is_hub_id
+from hf_flowdistill.hub.teacher_card import check_repo
 from hf_flowdistill.networks.loading import load_pipeline
 
 
@@ -70,8 +70,7 @@ def load_published(repo, *, teacher=None, revision=None, cache_dir=None, dtype):
 def _names_of(repo, revision) -> list[str]:
     if Path(repo).is_dir():
         return list(files_of(repo))
-    if not is_hub_id(repo):
-        raise UserError(f"{repo} is neither a folder nor an id on the Hub: give organisation/name.")
+    check_repo(repo)
     try:
         return persistently(HfApi().list_repo_files, repo, revision=revision)
     except Exception as error:  # of the client, or of the HTTP library that it is built on

@@ -5,7 +5,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from hf_flowdistill.errors import UserError
 
 
 ADDRESS = "https://huggingface.co"
@@ -15,6 +15,18 @@ NON_COMMERCIAL = re.compile(r"non-?commercial|(^|-)nc(-|$)", re.IGNORECASE)
 def is_hub_id(name) -> bool:
     """Whether `name` can only be meant as organisation/name on the Hub."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+
+
+def check_repo(repo) -> None:
+    """Raise `UserError` if there is no folder at `repo`, and it cannot be an id on the Hub either."""
+    if not Path(repo).is_dir() and not is_hub_id(str(repo)):
+        raise UserError(f"{repo} is neither a folder nor an id on the Hub: give organisation/name.")
+
+
+def check_shared_components(shared_components, teacher) -> None:
+    """Refuse to refer to components of a teacher that nobody else can load."""
+    if shared_components == "referenced" and not is_hub_id(str(teacher)):
+        raise UserError(f"components of {teacher} cannot be referenced, since it is not on the Hub: copy them.")
 
 
 def read_teacher_card(teacher, revision=None) -> dict:
@@ -27,6 +39,8 @@ def read_teacher_card(teacher, revision=None) -> dict:
         Any of "license", "license_name", "license_link" (an address), "extra_gated_..." (the Hub's names), and "gated"
         ("auto" or "manual") of a repository that has to be asked for.
     """
+    from huggingface_hub import HfApi, ModelCard  # here, since what is above needs no client
+
     teacher, found = str(teacher), {}
     try:
         if is_hub_id(teacher):

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_flowdistill.flow.draws import sample_noise
 from hf_flowdistill.flow.rollout import Sampler, rollout
 from hf_flowdistill.methods.phases import sampler_of
+from hf_flowdistill.networks.adapters import merged
 
 
 class Size(NamedTuple):
@@ -39,7 +40,7 @@ class Samples:
 
     Attributes:
         size: of the images.
-        prompts: `data.prompts.PromptStream`.
+        prompts: `data.stream.PromptStream`.
         pairs: `data.images.ImagePairs`, or None where the method takes no images.
         indices: their places in the global batch of the update.
         images_seen: before the update; `images_seen + index` is the place in the training.
@@ -108,7 +109,8 @@ class Method:
     Attributes:
         trains: the names of the networks that it trains, of "generator" and "fake_score".
         takes_images: its prompts are the captions of images, `Samples.pairs`.
-        progress: formats of what the progress bar shows; a piece is left out where the record lacks one of its names.
+        progress: formats of what the progress bar shows, the most telling first: one is left out where the record
+            lacks one of its names, or the bar the room.
     """
 
     trains: tuple[str, ...] = ("generator", "fake_score")
@@ -131,6 +133,11 @@ class Method:
         """Arguments as they are used, where that is not as they were given."""
         return {}
 
+    @property
+    def guidance(self) -> dict:
+        """How the teacher is guided where it is sampled to be looked at: arguments of `Contract.guided_velocity`."""
+        return {"scale": 1.0}
+
     def sampler(self, images_seen: int) -> Sampler:
         """The student's, in the update after `images_seen` images; see `Run.sampler` for the one that is published."""
         return sampler_of(vars(self.args), images_seen)
@@ -138,6 +145,25 @@ class Method:
     def generate(self, network, contract, conditional, noises: Callable[[int], Tensor], sampler: Sampler) -> Tensor:
         """The student's x0 for B prompts, [B, *latent_shape], as its published pipeline with `sampler` makes it."""
         return generate_x0(network, contract, conditional, noises, **vars(sampler))
+
+    def equip(self, networks, place: Callable | None = None) -> None:
+        """Add to the networks, once they are there and have their first weights, what they have beyond the teacher.
+
+        Args:
+            place: (network, module that it is to have too) -> the module, where it is to be.
+        """
+
+    def published(self, network, predict: Callable):
+        """The transformer, of the teacher's class, that is exported of the averaged generator.
+
+        Args:
+            predict: calls a transformer once, at sigma 1.
+        """
+        return merged(network)
+
+    def summarize(self, turn: str, metrics: dict[str, float]) -> dict[str, float]:
+        """What is recorded of a turn's metrics, which are means over the whole update, the same on all processes."""
+        return metrics
 
     def measure(self, networks, samples: Samples) -> dict[str, float]:
         """What the generator is shown beside in every record, measured once for each size before training."""

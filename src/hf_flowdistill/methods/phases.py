@@ -16,6 +16,7 @@ PHASES = {  # argument -> what begins with the first update after so many images
     "sigmas_start_images": "training at --sigmas",
     "discriminator_warmup_images": "training the student",
     "adversarial_start_images": "the adversarial term",
+    "correction_delay_images": "the correction",
     "lr_warmup_images": "training at the whole learning rate",
 }
 
@@ -40,6 +41,8 @@ def trained_sampler(settings: Mapping, images_seen: int) -> Sampler:
 def method_of(settings: Mapping, images_seen: int) -> str:
     """The method that trained a student of `images_seen` images, by its name on a card: adversarial training is one
     in which that term had a weight and its time had come."""
+    if "method" in settings:
+        return settings["method"]
     acts = settings.get("adversarial") and settings["adversarial_weight"] > 0
     begun = acts and last_begun(settings, images_seen) >= settings["adversarial_start_images"]
     return "sid_adversarial" if begun else "sid"

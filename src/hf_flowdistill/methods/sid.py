@@ -18,6 +18,7 @@ from hf_flowdistill.flow.timesteps import sigma_from_normal
 from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss
 from hf_flowdistill.methods.method import Method, Samples, Update, generate_x0
 from hf_flowdistill.methods.reference import measure_teacher
+from hf_flowdistill.methods.sid_arguments import check_negative_prompt
 from hf_flowdistill.networks.roles import Networks
 
 
@@ -170,9 +171,9 @@ class SiD(Method):
 
     progress = (
         "gap {x0_gap:.4f}",
-        "latent {x0_mean:+.3f}/{x0_std:.3f} (teacher {teacher_latent_mean:+.3f}/{teacher_latent_std:.3f})",
+        "shift {latent_shift:+.2f}",
+        "spread {latent_spread:.2f}",
         "lag {fake_score_lag:.2f}",
-        "gradient {generator_grad_norm:.2g}/{fake_score_grad_norm:.2g}",
     )
     kind = SiDConfig
 
@@ -189,7 +190,17 @@ class SiD(Method):
         if not contract.guidance_modes:
             check_unguided(contract.pipeline_class, vars(self.args))
         teacher, fake = choose_guidance(contract, self.args.guidance_mode, self.args.fake_guidance_mode)
+        check_negative_prompt(self.args, teacher, fake)
         self.config = replace(self.config, guidance_mode=teacher, fake_guidance_mode=fake)
+
+    @property
+    def guidance(self) -> dict:
+        config = self.config
+        return {
+            "scale": config.teacher_guidance_scale,
+            "mode": config.guidance_mode,
+            "rescale": config.guidance_rescale,
+        }
 
     @property
     def used(self) -> dict:

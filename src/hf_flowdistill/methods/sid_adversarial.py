@@ -128,9 +128,9 @@ class SiDAdversarial(sid.SiD):
 
     takes_images = True
     progress = (
-        *sid.SiD.progress,
-        "told real {real_accuracy:.0%} fake {fake_accuracy:.0%}",
+        "told {real_accuracy:.0%}/{fake_accuracy:.0%}",
         "adversarial {adversarial_share:.0%}",
+        *sid.SiD.progress,
     )
     kind = AdversarialConfig
 

@@ -4,8 +4,7 @@
 
 from hf_flowdistill.cli import COUNT, FINITE, NATURAL, POSITIVE, SHARE
 from hf_flowdistill.errors import UserError
-from hf_flowdistill.flow.rollout import NOISE_TYPES, falls_from_one
-from hf_flowdistill.flow.timesteps import SIGMA_MEAN, SIGMA_STD
+from hf_flowdistill.flow.names import NOISE_TYPES, SIGMA_MEAN, SIGMA_STD, falls_from_one
 from hf_flowdistill.flow.weighting import WEIGHTINGS, get_weighting
 
 
@@ -17,6 +16,7 @@ def add_sid_arguments(parser) -> None:
     add = parser.add_argument_group("method (defaults: the paper's)").add_argument
     _add_sampler(add)
     _add_losses(add)
+    parser.refuse(*IGNORED)
 
 
 def _add_sampler(add) -> None:
@@ -88,6 +88,30 @@ def _add_losses(add) -> None:
     add("--sigma_std", type=POSITIVE, default=SIGMA_STD, metavar="X", help="of p(sigma) = sigmoid(Normal(mean, std))")
 
 
+def _guides(args) -> list[bool]:
+    """Whether there is guidance of the teacher, of the fake score in the generator's loss, and in its own."""
+    scales = args.teacher_guidance_scale, args.fake_guidance_scale, args.fake_train_guidance_scale
+    return [(scales[0] if scale is None else scale) != 1 for scale in scales]
+
+
+OFF = "is of guidance, which is off where its scales are 1: leave it out."
+IGNORED = (  # as of `ArgumentParser.refuse`
+    ("guidance_rescale", lambda args: args.guidance_rescale and not _guides(args)[0], OFF),
+    ("guidance_mode", lambda args: not any(_guides(args)), OFF),
+    ("fake_guidance_mode", lambda args: not any(_guides(args)[1:]), OFF),
+)
+
+
+def check_negative_prompt(args, mode: str | None, fake_mode: str | None) -> None:
+    """Raise `UserError` if there is a negative prompt, and nothing is guided by it in these modes, None for any."""
+    guided = any(on and one != "embedded" for on, one in zip(_guides(args), (mode, fake_mode, fake_mode)))
+    if args.negative_prompt and not guided:
+        raise UserError(
+            "--negative_prompt is half of classifier-free guidance, by which neither teacher nor fake score is guided "
+            "here: leave it out, or give --guidance_mode cfg and a scale."
+        )
+
+
 def check_sid_arguments(args) -> None:
     """Fill in the defaults of `add_sid_arguments` that depend on others, in place.
 
@@ -97,6 +121,7 @@ def check_sid_arguments(args) -> None:
     for name in ("fake_guidance_scale", "fake_train_guidance_scale"):
         if getattr(args, name) is None:
             setattr(args, name, args.teacher_guidance_scale)
+    check_negative_prompt(args, args.guidance_mode, args.fake_guidance_mode or args.guidance_mode)
     levels, shares = args.sigmas, args.step_shares
     if levels and not (len(levels) == args.num_steps and falls_from_one(levels)):
         raise UserError(f"--sigmas must be {args.num_steps} numbers (--num_steps) that start at 1 and fall towards 0.")

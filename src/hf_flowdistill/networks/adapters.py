@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_flowdistill.flow.draws import normal
+from hf_flowdistill.networks.flow_map import attach_as, flow_map_of
 from hf_flowdistill.networks.quantized_sizes import QuantizedSizes
 from hf_flowdistill.teachers.precision import floating_dtype
 
 
-QUANTIZATIONS = ("none", "8bit", "nf4")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -65,6 +65,8 @@ class SharedBase:
         with torch.no_grad():  # "gaussian" as peft has it, from numbers of our own
             for name, layer in self.layers.items():
                 first = layer.lora_A[adapter].weight
+                if first.is_meta:
+                    continue
                 first.copy_(normal(first.shape, self.seed, "adapter", len(self.adapters), name) / self.rank)
         self.adapters.append(adapter)
         self._switch(self.active)
@@ -165,11 +167,13 @@ class Role(torch.nn.Module):
         mine = self.shared
         shared = SharedBase(transformer, mine.targets, rank=mine.rank, alpha=mine.alpha)
         role = shared.add(self.adapter_name)
+        attach_as(role, self)
         role.load_state_dict(self.state_dict())
         return role
 
     def __deepcopy__(self, memo):
         copied = self.shared.add(f"{self.adapter_name}_{len(self.shared.adapters)}")
+        attach_as(copied, self)
         copied.load_state_dict(self.state_dict())
         return copied
 
@@ -265,11 +269,12 @@ def save_lora(pipeline, network, folder) -> Path | None:
     """Write a role's adapter as a diffusers LoRA file, for `load_lora_weights(folder)` on the teacher's pipeline.
 
     alpha / rank is in the weights, so that whatever reads the file needs no alpha. Returns the file; None, and nothing
-    is written, if `network` is no role with an adapter, or if the class of `pipeline` loads no LoRA for a transformer.
+    is written, if `network` is no role with an adapter, has a flow map, which is in no such file, or if the class of
+    `pipeline` loads no LoRA for a transformer.
     """
     save = getattr(type(pipeline), "save_lora_weights", None)
     loads = save is not None and "transformer_lora_layers" in inspect.signature(save).parameters
-    if not loads or not isinstance(network, Role) or network.adapter_name is None:
+    if not loads or not isinstance(network, Role) or network.adapter_name is None or flow_map_of(network):
         return None
     scale = network.shared.alpha / network.shared.rank
     layers = {

@@ -2,12 +2,12 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Arguments of which networks a training has."""
 
-import dataclasses
-
 from hf_flowdistill.cli import COUNT, POSITIVE, check_installed
-from hf_flowdistill.errors import UserError
-from hf_flowdistill.networks.adapters import QUANTIZATIONS
-from hf_flowdistill.networks.roles import NETWORKS, RoleSettings
+from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.networks.names import NETWORKS, QUANTIZATIONS, RANK
+
+
+LORA_LEARNING_RATE = 1e-4  # what diffusers' LoRA scripts train at; of the shapes teacher's LoRAs see docs/memory.md
 
 
 def add_network_arguments(parser) -> None:
@@ -30,8 +30,7 @@ def add_network_arguments(parser) -> None:
     add(
         "--weight_dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of networks and gradients, LoRAs aside; bfloat16 goes without autocast",
+        help="of networks and gradients, LoRAs aside; bfloat16 goes without autocast; float32 by default",
     )
 
 
@@ -48,10 +47,31 @@ def check_network_arguments(args) -> None:
         raise UserError("--base_quantization is of a teacher that nothing else is trained on: choose --networks lora.")
     check_installed("peft", f"--networks {args.networks}", args.networks != "full")
     check_installed("bitsandbytes", f"--base_quantization {args.base_quantization}", args.base_quantization != "none")
+    if args.weight_dtype is None:  # who says how bfloat16 is to be rounded asks for it
+        args.weight_dtype = (
+            "bfloat16" if getattr(args, "bf16_rounding", None) and args.networks != "lora" else "float32"
+        )
     if args.networks != "full" and args.rank is None:
-        args.rank = RoleSettings.rank
+        args.rank = RANK
 
 
-def role_settings(args) -> RoleSettings:
-    """The arguments of `add_network_arguments` that `Networks.from_teacher` takes."""
-    return RoleSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(RoleSettings)})
+def add_device_argument(add) -> None:
+    """--device, for `check_device`."""
+    add("--device", metavar="NAME", help="where to run; by default cuda where there is one, else cpu")
+
+
+def check_device(name: str | None) -> str:
+    """The device of --device that can be used, where torch is imported anyway.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return name

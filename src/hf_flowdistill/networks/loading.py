@@ -12,6 +12,7 @@ import transformers
 from diffusers import AutoModel, DiffusionPipeline
 from torch.distributed.tensor import DTensor
 
+from hf_flowdistill.cli import check_model
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.reports import complete_weights
 from hf_flowdistill.teachers.watch import check_flow_matching
@@ -24,9 +25,7 @@ def read_index(path, *, revision=None, cache_dir=None) -> dict:
         UserError: there is nothing at `path`, it is no diffusers pipeline, or one without a transformer.
     """
     path, where = str(path), {"revision": revision, "cache_dir": cache_dir}
-    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if not Path(path).exists() and not looks_like_hub_id:
-        raise UserError(f"{path} does not exist: give a diffusers pipeline folder or a Hub id.")
+    check_model(path)
     try:
         index = DiffusionPipeline.load_config(path, **where)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.adapters import Role, SharedBase, quantize
 from hf_flowdistill.networks.blocks import linear_layers
+from hf_flowdistill.networks.flow_map import remember_in_checkpoints
+from hf_flowdistill.networks.names import RANK, ROLES, TRAINED
 from hf_flowdistill.teachers.precision import cast
 
 
@@ -50,11 +53,6 @@ def plain_copy(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return cast(copy.deepcopy(network), dtype)
 
 
-NETWORKS = ("full", "lora_fake", "lora")
-ROLES = ("teacher", "generator", "fake_score")
-TRAINED = ROLES[1:]
-
-
 @dataclass(frozen=True)
 class RoleSettings:
     """Which networks a distillation has, and what is trained of them.
@@ -69,7 +67,7 @@ class RoleSettings:
     """
 
     networks: str = "full"
-    rank: int = 64
+    rank: int = RANK
     lora_alpha: float | None = None
     lora_layers: str | None = None
     base_quantization: str = "none"
@@ -98,6 +96,11 @@ class RoleSettings:
 
 
 FULL = RoleSettings()
+
+
+def role_settings(args) -> RoleSettings:
+    """What the arguments of `networks.arguments` say."""
+    return RoleSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(RoleSettings)})
 
 
 @dataclass
@@ -168,6 +171,8 @@ class Networks:
         for name in names:
             if getattr(self, name) is not None:
                 getattr(self, name).enable_gradient_checkpointing()
+        for network in (self.teacher, *self.trained().values()):
+            remember_in_checkpoints(network)
 
     @contextlib.contextmanager
     def training(self, name: str):

@@ -14,18 +14,14 @@ from hf_flowdistill.methods.sid import SCALES, SiDConfig, check_unguided
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
 from hf_flowdistill.networks.roles import Networks, RoleSettings
+from hf_flowdistill.planning.few_blocks import rehearse_blocks, shortened
 from hf_flowdistill.planning.memory_tracker import Peak
-from hf_flowdistill.planning.rehearsal import (
-    BUFFERS,
-    LORA,
-    embeds_guidance,
-    rehearse,
-    rehearse_blocks,
-    stand_in_contract,
-)
+from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, embeds_guidance, rehearse, stand_in_contract
+from hf_flowdistill.planning.shared import Rehearsals
 from hf_flowdistill.planning.sizes import count
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
 from hf_flowdistill.planning.startup import Start, measure_start
+from hf_flowdistill.planning.traces import NotAlike
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.watch import can_be_guided
 from hf_flowdistill.training.ema import EMA
@@ -56,13 +52,31 @@ STAYING = ("teacher", "activations")  # on the accelerator, where the rest is of
 WHOLE = ("activations",)  # in every process, where the rest is in shards; so are adapters and buffers
 
 
-class Stage(NamedTuple):
+class Sizes(NamedTuple):
+    """How many parameters and other values a transformer has, and parameters each of its `sharding_units`."""
+
+    parameters: int
+    others: int
+    units: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
     """A teacher without values, and what every rehearsal of it needs."""
 
     transformer: torch.nn.Module
     contract: Contract
     config: SiDConfig
     start: Start
+
+    @functools.cached_property
+    def rehearsals(self) -> Rehearsals:
+        """What its cases share."""
+        return Rehearsals(self.transformer, self.contract, self.config)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(*count(self.transformer), [count(unit)[0] for unit in sharding_units(self.transformer)])
 
     @classmethod
     def of(cls, path, *, height: int, width: int, guidance=None, pipeline_kwargs=None, **origin) -> "Stage":
@@ -74,7 +88,8 @@ class Stage(NamedTuple):
         """
         size, skeleton = {"height": height, "width": width}, load_skeleton(path, **origin)
         transformer, guided = skeleton.transformer, can_be_guided(skeleton)
-        shapes = measure_shapes(load_skeleton(path, **origin), **size, pipeline_kwargs=pipeline_kwargs)
+        skeleton.register_modules(transformer=shortened(transformer))  # few blocks are given what all are
+        shapes = measure_shapes(skeleton, **size, pipeline_kwargs=pipeline_kwargs)
         contract = stand_in_contract(shapes, **size)
         embeds = embeds_guidance(contract)
         given = {name: value for name, value in (guidance or {}).items() if value is not None}
@@ -114,15 +129,16 @@ class Case:
         there is before, and the bytes that wait in main memory."""
         plans = [SHARDING_PLANS[name] for name in shardings]
         views = [_shares(gpus, plan, where) for plan in plans for where in ("accelerator", "main memory")]
-        peaks = rehearse_blocks(stage.transformer, functools.partial(self._rehearse, stage, views))
+        try:
+            peaks = stage.rehearsals.peaks(self, views)
+        except NotAlike:
+            peaks = rehearse_blocks(stage.transformer, functools.partial(self._rehearse, stage, views))
         rows = []
         for plan, peak, waiting in zip(plans, peaks[::2], peaks[1::2]):
             start = stage.start
             if plan.shards:
-                gathered = self._gathered(stage.transformer)
-                peak = Peak(peak.when, {**peak.components, "gathered": gathered})
-                parameters, others = count(stage.transformer)
-                start = start.beside(4 * (parameters / gpus + others))
+                peak = Peak(peak.when, {**peak.components, "gathered": self._gathered(stage.sizes)})
+                start = start.beside(4 * (stage.sizes.parameters / gpus + stage.sizes.others))
             rows.append((peak, start, waiting.bytes))
         return rows
 
@@ -131,14 +147,11 @@ class Case:
             networks = Networks.from_teacher(transformer, self.precision.dtype, self.roles)
             average = EMA(networks.generator).model
         networks.enable_gradient_checkpointing(self.checkpointed)
-        optimizer = functools.partial(build_optimizer, rounding=self.precision.rounding)
-        if self.use_8bit_adam:
-            optimizer = lambda network: Adam8bitSizes(network.parameters())  # noqa: E731
         return rehearse(
             networks,
             average,
             stage.contract,
-            optimizer,
+            self.build_optimizer,
             batch_size=self.batch_size,
             config=stage.config,
             autocast=functools.partial(
@@ -148,12 +161,16 @@ class Case:
             views=views,
         )
 
-    def _gathered(self, transformer) -> float:
+    def build_optimizer(self, network):
+        if self.use_8bit_adam:
+            return Adam8bitSizes(network.parameters())
+        return build_optimizer(network, rounding=self.precision.rounding)
+
+    def _gathered(self, sizes: Sizes) -> float:
         """Bytes that come and go besides, where networks are in shards, at most: what is in no unit, one unit and the
         next one, and the gradient of a unit, which is reduced in float32. Not rehearsed."""
-        units = [count(unit)[0] for unit in sharding_units(transformer)]
-        largest, size = max(units, default=0), self.precision.dtype.itemsize
-        weights = (count(transformer)[0] - sum(units) + 2 * largest) * size
+        largest, size = max(sizes.units, default=0), self.precision.dtype.itemsize
+        weights = (sizes.parameters - sum(sizes.units) + 2 * largest) * size
         return weights if self.roles.networks == "lora" else weights + largest * (size + 4)
 
 

@@ -4,15 +4,18 @@
 
 import itertools
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from hf_flowdistill.evaluation.report import format_cells
+from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE as RATE
+from hf_flowdistill.networks.loading import read_index
 from hf_flowdistill.networks.roles import ROLES, RoleSettings
 from hf_flowdistill.planning.cases import SHARDING_PLANS, Case, Precision, ShardingPlan, Stage
+from hf_flowdistill.planning.kept import Kept, teacher_key
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, joined
 from hf_flowdistill.planning.sizes import dtype_name
@@ -92,9 +95,10 @@ def list_choices(
     share_rollout: bool = False,
     arguments: str = "",
     progress: Callable = lambda cases: cases,
+    keep: bool = True,
     **origin,
-) -> list[Choice]:
-    """Every choice for the teacher at `path`, each rehearsed (`rehearsal.rehearse_blocks`).
+) -> Iterator[Choice]:
+    """Every choice for the teacher at `path`, one after the other as it is rehearsed.
 
     Args:
         gpus: how many processes, with an accelerator each.
@@ -106,34 +110,31 @@ def list_choices(
         pipeline_kwargs: of every call of the teacher's pipeline.
         arguments: more of the command.
         progress: wraps what is rehearsed one after the other, e.g. `tqdm`.
+        keep: whether what was rehearsed before is taken, and what is rehearsed now is kept (`Kept`).
         origin: `revision` and `cache_dir`, as for `load_skeleton`.
 
     Raises:
-        UserError: as `load_skeleton` and `measure_shapes`.
+        UserError: as `Stage.of`, `load_skeleton` and `measure_shapes`.
         NotImplementedError: as `measure_shapes`, or from a network that asks for the values of a tensor.
     """
-    guidance = {"guidance_mode": guidance_mode}
-    stage = Stage.of(path, height=height, width=width, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
-    choices = []
-    for row in progress(list(_rows(gpus, networks, checkpointing, batch_sizes))):
-        roles = RoleSettings(row.networks, rank, base_quantization=row.base)
-        checkpointed = CHECKPOINTING[row.checkpointing]
-        case = Case(roles, row.precision, checkpointed, row.batch_size, row.cached, share_rollout)
-        for kind, (peak, begin, waiting) in zip(row.shardings, case.memory(stage, gpus, row.shardings)):
-            choice = Choice(
-                networks=row.networks,
-                base_quantization=row.base,
-                precision=row.precision_name,
-                sharding=kind,
-                batch_size=row.batch_size,
-                gradient_checkpointing=row.checkpointing,
-                peak=peak,
-                begin=begin,
-                main_memory=waiting,
-                command=_command(path, gpus, case, SHARDING_PLANS[kind], arguments),
-            )
-            choices.append(choice.in_memory(memory))
-    return choices
+    read_index(path, **origin)
+    size = {"height": height, "width": width}
+    teacher = teacher_key(path, **origin) if keep else None
+    kept = Kept(teacher, size, rank, guidance_mode, pipeline_kwargs, share_rollout)
+    stage = None
+    try:
+        for row in progress(list(_rows(gpus, networks, checkpointing, batch_sizes))):
+            case = row.case(rank, share_rollout)
+            if (key := repr((row, gpus))) not in kept.rows:
+                guidance = {"guidance_mode": guidance_mode}
+                stage = stage or Stage.of(path, **size, guidance=guidance, pipeline_kwargs=pipeline_kwargs, **origin)
+                kept.rows[key] = case.memory(stage, gpus, row.shardings)
+            for kind, (peak, begin, waiting) in zip(row.shardings, kept.rows[key]):
+                command = _command(path, gpus, case, SHARDING_PLANS[kind], arguments)
+                yield row.choice(kind, peak, begin, waiting, command).in_memory(memory)
+    finally:
+        if stage:
+            kept.save()
 
 
 class _Row(NamedTuple):
@@ -147,6 +148,16 @@ class _Row(NamedTuple):
     batch_size: int
     cached: bool
     shardings: list[str]
+
+    def case(self, rank: int, share_rollout: bool) -> Case:
+        roles = RoleSettings(self.networks, rank, base_quantization=self.base)
+        checkpointed = CHECKPOINTING[self.checkpointing]
+        return Case(roles, self.precision, checkpointed, self.batch_size, self.cached, share_rollout)
+
+    def choice(self, sharding: str, peak: Peak, begin: Start, main_memory: float, command: str) -> Choice:
+        networks, base, precision = self.networks, self.base, self.precision_name
+        how = networks, base, precision, sharding, self.batch_size, self.checkpointing
+        return Choice(*how, peak, begin, main_memory, command)
 
 
 def _rows(gpus: int, networks, checkpointing, batch_sizes) -> Iterator[_Row]:
@@ -178,6 +189,7 @@ def _command(path, gpus: int, case: Case, sharding: ShardingPlan, more: str) -> 
     script = "examples/score_distillation/train_sid_dit.py"
     roles, precision = case.roles, case.precision
     checkpointed = "" if case.checkpointed == ROLES else " ".join(("", *case.checkpointed))
+    rates = {"lora": f"--learning_rate {RATE:g}", "lora_fake": f"--fake_score_learning_rate {RATE:g}"}
     flags = {  # in this order
         f"--pretrained_model_name_or_path {shlex.quote(str(path))} --prompt_file prompts.txt": True,
         f"--networks {roles.networks}": roles.networks != "full",
@@ -191,6 +203,7 @@ def _command(path, gpus: int, case: Case, sharding: ShardingPlan, more: str) -> 
         f"--train_batch_size {case.batch_size}": True,
         f"--gradient_checkpointing{checkpointed}": bool(case.checkpointed),
         "--share_rollout": case.share_rollout,
+        rates.get(roles.networks, ""): roles.networks in rates,
         more: bool(more),
     }
     return " ".join([launch, script, *(flag for flag, given in flags.items() if given)])
@@ -206,22 +219,34 @@ COMPONENTS = {  # a column -> the components in it, those of LoRAs and buffers t
 }
 
 
+HEADER = ["networks", "base", "precision", "sharding", "batch", "checkpointing", *COMPONENTS, "peak", "start", "fits"]
+
+
 def format_choices(choices: Sequence[Choice]) -> str:
     """The choices as a Markdown table, in GB (10^9 bytes) of one process."""
+    return format_cells([HEADER, *map(_cells, choices)])
 
-    def gigabytes(size):
-        return f"{size / 1e9:.1f}"
 
-    header = ["networks", "base", "precision", "sharding", "batch", "checkpointing", *COMPONENTS]
-    lines = [[*header, "peak", "start", "fits"]]
-    for choice in choices:
-        parts = joined(choice.peak.components, LORA, BUFFERS)
-        lines.append(
-            [
-                *(choice.networks, choice.base_quantization, choice.precision, choice.sharding),
-                *(str(choice.batch_size), choice.gradient_checkpointing),
-                *(gigabytes(sum(parts[name] for name in names)) for names in COMPONENTS.values()),
-                *(gigabytes(choice.peak.bytes), gigabytes(choice.start), "yes" if choice.fits else "no"),
-            ]
-        )
-    return format_cells(lines)
+def format_lines(choices: Iterable[Choice]) -> Iterator[str]:
+    """The lines of such a table one after the other, as wide as they may become."""
+    widths = [
+        *(max(map(len, names)) for names in (BASES, [base for bases in BASES.values() for base in bases])),
+        max(len(name) for bases in BASES.values() for names in bases.values() for name in names),
+        *(max(map(len, SHARDING_PLANS)), 0, max(map(len, CHECKPOINTING)), *[6] * (len(COMPONENTS) + 2), 0),
+    ]
+    widest = ["x" * width for width in widths]
+    for number, choice in enumerate(choices):
+        if not number:
+            yield from format_cells([HEADER, widest]).splitlines()[:2]
+        yield format_cells([HEADER, widest, _cells(choice)]).splitlines()[-1]
+
+
+def _cells(choice: Choice) -> list[str]:
+    parts = joined(choice.peak.components, LORA, BUFFERS)
+    sizes = [sum(parts[name] for name in names) for names in COMPONENTS.values()]
+    return [
+        *(choice.networks, choice.base_quantization, choice.precision, choice.sharding),
+        *(str(choice.batch_size), choice.gradient_checkpointing),
+        *(f"{size / 1e9:.1f}" for size in [*sizes, choice.peak.bytes, choice.start]),
+        "yes" if choice.fits else "no",
+    ]

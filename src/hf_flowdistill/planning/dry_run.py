@@ -4,36 +4,38 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.networks.roles import RoleSettings
+from hf_flowdistill.networks.roles import role_settings
 from hf_flowdistill.planning.cases import Case, Precision, Stage
 from hf_flowdistill.planning.describe import describe_memory, describe_networks, describe_roles, describe_shapes
 from hf_flowdistill.planning.rehearsal import BUFFERS, joined
 from hf_flowdistill.planning.sizes import dtype_name
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
-from hf_flowdistill.training.optimizers import ROUNDINGS
+from hf_flowdistill.training.names import ROUNDINGS
+from hf_flowdistill.training.recipes import paper_time
 from hf_flowdistill.training.sharding import count_shards
 
 
-def print_plan(args, prompts: Sequence[str], *, processes: int, autocast: bool, roles: RoleSettings) -> None:
+def print_plan(args, prompts: Sequence[str], accelerator, chosen: Sequence[str], recipes: Path) -> None:
     """Print what would run, in lines: networks, sizes, memory, images, time; and so that it can, as far as they tell.
 
     Args:
         args: the parsed arguments of a training script; `dry_run` is the number of processes that is planned for, and
             0 the launched one.
         prompts: of the training, with repetitions.
-        processes: that are launched.
-        autocast: whether networks compute in bfloat16 under autocast.
-        roles: as for `Networks.from_teacher`.
+        accelerator: as launched.
+        chosen: lines from `planning.fit.fit`.
+        recipes: folder of the recipes.
 
     Raises:
         UserError: as `load_skeleton`, `measure_shapes`, `linear_layers` and `Stage.of`.
     """
-    processes = args.dry_run or processes
+    processes, roles = args.dry_run or accelerator.num_processes, role_settings(args)
     path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     calls = {"pipeline_kwargs": args.pipeline_kwargs, **origin}
     sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
@@ -41,7 +43,11 @@ def print_plan(args, prompts: Sequence[str], *, processes: int, autocast: bool, 
     shards = count_shards(args.sharding, processes)
     case = Case(
         roles,
-        Precision(getattr(torch, args.weight_dtype), autocast, args.bf16_rounding or ROUNDINGS[0]),
+        Precision(
+            getattr(torch, args.weight_dtype),
+            accelerator.mixed_precision == "bf16",
+            args.bf16_rounding or ROUNDINGS[0],
+        ),
         tuple(args.gradient_checkpointing or ()),
         args.train_batch_size,
         cached=args.sharding == "none",
@@ -57,15 +63,17 @@ def print_plan(args, prompts: Sequence[str], *, processes: int, autocast: bool, 
     settings = {"bf16_rounding": case.precision.rounding, "use_8bit_adam": case.use_8bit_adam}
     lines = [
         f"teacher: {path}",
+        f"recipe: {args.recipe}",
+        *chosen,
         f"pipeline: {type(skeleton).__name__}",
         f"transformer: {type(skeleton.transformer).__name__}",
         *describe_networks(skeleton),
-        *describe_sizes(path, sizes, len(set(prompts)), **calls),
+        *describe_sizes(path, sizes, *number_of(args, prompts), **calls),
         *describe_roles(skeleton.transformer, roles),
         describe_precision(case),
         *describe_memory(skeleton.transformer, case.precision.dtype, roles, shards, args.cpu_offload, **settings),
         *peak,
-        *describe_work(args, processes),
+        *describe_work(args, processes, paper_time(args.recipe, recipes)),
     ]
     print("\n".join(lines))
 
@@ -94,12 +102,19 @@ def describe_peak(path, case: Case, processes: int, sharding: str, **stage) -> l
 
 
 def describe_sizes(
-    path, sizes: list[tuple[int, int]], prompts: int, *, pipeline_kwargs: dict[str, Any] | None = None, **origin
+    path,
+    sizes: list[tuple[int, int]],
+    prompts: int,
+    what: str = "distinct",
+    *,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    **origin,
 ) -> list[str]:
     """Lines: image and text as the transformer sees them at all `sizes` (height, width), and what is kept of the text.
 
     Args:
-        prompts: how many distinct ones.
+        prompts: how many distinct ones are encoded.
+        what: says so behind their number.
         pipeline_kwargs: of every call of the teacher's pipeline.
         origin: as for `load_skeleton`.
     """
@@ -116,8 +131,15 @@ def describe_sizes(
     least = " or more" if shapes[0].longer_with_prompt else ""
     return [
         *dict.fromkeys(line for same_kind in zip(*described) for line in same_kind),
-        f"prompts: {prompts:,} distinct, {together / 1e9:,.2f} GB{least} of conditioning",
+        f"prompts: {prompts:,} {what}, {together / 1e9:,.2f} GB{least} of conditioning",
     ]
+
+
+def number_of(args, prompts: Sequence[str]) -> tuple[int, str]:
+    """How many prompts are encoded at a time, and which these are."""
+    if args.prompts_per_part:
+        return args.prompts_per_part, f"at a time, of {args.dataset_name}"
+    return len(set(prompts)), "distinct"
 
 
 def describe_precision(case: Case) -> str:
@@ -128,8 +150,9 @@ def describe_precision(case: Case) -> str:
     return f"precision: {dtype_name(dtype)} weights{rounded}, {'bf16' if autocast else 'no'} autocast"
 
 
-def describe_work(args, processes: int) -> list[str]:
-    """Lines: images of an update and of the training, and the hours that they take if a rate was given."""
+def describe_work(args, processes: int, paper: tuple[float, str] | None) -> list[str]:
+    """Lines: images of an update and of the training, and the hours that they take at --images_per_second, or took
+    where the `paper` ran the recipe: seconds for 1,000 images, and on what."""
     micro_batches, batch_size = args.gradient_accumulation_steps, args.train_batch_size
     per_update = batch_size * micro_batches * processes
     updates = math.ceil(args.max_train_images / per_update)
@@ -141,4 +164,7 @@ def describe_work(args, processes: int) -> list[str]:
     if args.images_per_second is not None:
         hours = images / args.images_per_second / 3600
         lines.append(f"time: {hours:,.1f} hours at {args.images_per_second:g} images per second")
+    elif paper is not None:
+        seconds, machine = paper
+        lines.append(f"time: {images * seconds / 3.6e6:,.1f} hours for the paper, which had {machine}")
     return lines

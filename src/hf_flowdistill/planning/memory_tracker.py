@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_flowdistill.planning.ghosts import call, memory_of
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -49,14 +51,18 @@ class MemoryTracker(TorchDispatchMode):
         self.forget_peaks()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
+        output = call(func, args, kwargs or {})
         before = len(self.storages)
-        for tensor in tree_leaves(output):
+        for tensor in (output,) if isinstance(output, torch.Tensor) else tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage(), self.name)
+                self._see(memory_of(tensor), self.name)
         if len(self.storages) > before:
             self._look()
         return output
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would cost as much as all the rest for every operation
 
     @contextlib.contextmanager
     def component(self, name: str):
@@ -69,7 +75,7 @@ class MemoryTracker(TorchDispatchMode):
     def assign(self, tensors, name: str) -> None:
         """Count `tensors`, seen before or not, to the component called `name`."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = memory_of(tensor)
             if id(storage) in self.storages:
                 reference, old, size = self.storages[id(storage)]
                 self._count(old, -size)
@@ -86,8 +92,9 @@ class MemoryTracker(TorchDispatchMode):
         key = id(storage)
         if key not in self.storages:
             reference = weakref.ref(storage, lambda _: self._gone(key))
-            self.storages[key] = reference, name, storage.nbytes()
-            self._count(name, storage.nbytes())
+            size = storage.nbytes()
+            self.storages[key] = reference, name, size
+            self._count(name, size)
 
     def _gone(self, key):
         _, name, size = self.storages.pop(key)

@@ -2,9 +2,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """One update of a training without values: the real turns on the real configuration, and the memory that they take.
 
-Blocks that are alike take alike, so a transformer is rehearsed with few of them (`rehearse_blocks`).
+Blocks that are alike take alike, so a transformer is rehearsed with few of them (`few_blocks`).
 
-Every tensor is a fake one (`torch._subclasses.FakeTensor`), with a shape and a storage but nothing in it, so twelve
+Every tensor is a ghost (`ghosts`), with a shape and a size but nothing in it, so twelve
 billion parameters are rehearsed on any machine. What is counted are the storages of all tensors that operations
 return; what an operation takes only inside itself, such as the workspace of a matrix product, is not.
 
@@ -14,23 +14,22 @@ behind their names, and the values of networks that are not trained, such as tab
 """
 
 import contextlib
-import copy
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_flowdistill.methods.sid import SiDBatch, SiDConfig, fake_score_turn, generator_turn
 from hf_flowdistill.networks.adapters import Role
-from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.roles import ROLES, Networks
+from hf_flowdistill.planning.few_blocks import block_rows
+from hf_flowdistill.planning.ghosts import empty, seen
 from hf_flowdistill.planning.memory_tracker import MemoryTracker, Peak
 from hf_flowdistill.planning.skeleton import Shapes
 from hf_flowdistill.teachers.arguments import Slot
 from hf_flowdistill.teachers.conditioning import Conditioning
 from hf_flowdistill.teachers.contract import Contract
+from hf_flowdistill.training import optimizers
 
 
 LORA, BUFFERS = " (LoRA)", " (buffers)"  # at the end of a component's name
@@ -116,7 +115,7 @@ def rehearse(
     So there are moments of Adam and gradients of the network whose turn it is, from the beginning.
 
     Args:
-        networks, average: on the meta device; their parameters are replaced by fake ones.
+        networks, average: on the meta device; their parameters are replaced by ghosts.
         contract: of `stand_in_contract`.
         build_optimizer: network -> its optimizer.
         config: of the turns, which stop at the generator's first sampler step: what others have before their last step
@@ -124,47 +123,68 @@ def rehearse(
         autocast: makes the context in which networks run forward.
         views: as for `MemoryTracker`; the components are in the text at the top.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = MemoryTracker(views)
-    with tracker:
-        _fill_networks(tracker, mode, networks, average)
-        optimizers = {}
+    with tracker, no_draws():
+        _fill_networks(tracker, networks, average)
+        built = {}
         for name, network in networks.trained().items():
-            optimizers[name] = _optimizer(tracker, network, build_optimizer)
+            built[name] = _optimizer(tracker, network, build_optimizer)
         tracker.forget_peaks()
-        turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
-        x0 = None
-        for turn, loss_of in turns[::-1] if share_rollout else turns:
-            trained, told = networks.trained()[turn], turn.replace("_", " ")
-            tracker.when = f"forward pass of the {told}'s turn"
-            _make_gradients(tracker, trained)
-            batch = _batch(mode, contract, batch_size)
-            batch.x0 = x0
-            with networks.training(turn):
-                with autocast():
-                    loss, _ = loss_of(networks, contract, batch, config)
-                tracker.when = f"backward pass of the {told}'s turn"
-                loss.backward()
-            x0 = batch.x0 if share_rollout else None
-            del batch, loss
-            tracker.when = f"update of the {told}"
-            _update(tracker, optimizers[turn], trained)
+
+        def stage(turn, part):
+            trained = networks.trained()[turn]
+            tracker.when = WHEN[part].format(turn.replace("_", " "))
+            if part == "forward":
+                _make_gradients(tracker, trained)
+            if part == "update":
+                _update(tracker, built[turn], trained)
+
+        play(networks, contract, config, stage, batch_size=batch_size, autocast=autocast, share_rollout=share_rollout)
     return tracker.peaks
 
 
-def _fill_networks(tracker, mode, networks: Networks, average) -> None:
-    """Fake parameters and buffers in all networks, counted to their components; and their blocks' places noted."""
+WHEN = {
+    "forward": "forward pass of the {}'s turn",
+    "backward": "backward pass of the {}'s turn",
+    "update": "update of the {}",
+}
+
+
+def play(networks, contract, config, stage, *, batch_size: int, autocast: Callable, share_rollout: bool) -> None:
+    """The passes of a micro-batch of both turns; arguments as for `rehearse`.
+
+    Args:
+        stage: called with the turn, and with what of it begins: a key of `WHEN`.
+    """
+    turns = [("fake_score", fake_score_turn), ("generator", generator_turn)]
+    x0 = None
+    for turn, loss_of in turns[::-1] if share_rollout else turns:
+        stage(turn, "forward")
+        batch = _batch(contract, batch_size)
+        batch.x0 = x0
+        with networks.training(turn):
+            with autocast():
+                loss, _ = loss_of(networks, contract, batch, config)
+            stage(turn, "backward")
+            loss.backward()
+        x0 = batch.x0 if share_rollout else None
+        del batch, loss
+        stage(turn, "update")
+
+
+def _fill_networks(tracker, networks: Networks, average) -> None:
+    """Ghosts of parameters and buffers in all networks, counted to their components; their blocks' places noted."""
     named = {"generator": networks.generator, "fake score": networks.fake_score}
     named["average of the generator"] = average
     for name, network in named.items():
         with tracker.component(name + _mark(network)):
-            fill(network, mode)
+            fill(network)
         if not isinstance(network, Role):
             tracker.assign(network.buffers(), name + BUFFERS)
     teacher = networks.teacher  # after the adapters, which are inside where they share it
     transformer = teacher.shared.transformer if isinstance(teacher, Role) else teacher
     with tracker.component("teacher"):
-        fill(transformer, mode)
+        fill(transformer)
     tracker.assign(transformer.buffers(), "teacher" + BUFFERS)
     for name in ROLES:
         network = getattr(networks, name)
@@ -191,80 +211,31 @@ def _mark(network) -> str:
     return LORA if isinstance(network, Role) else ""
 
 
-KEPT = 2  # of blocks in a row that are alike
-
-
-def rehearse_blocks(transformer: torch.nn.Module, rehearse_one: Callable) -> list[Peak]:
-    """The peaks of `transformer` for each view, from rehearsals with few of its blocks.
-
-    Of blocks in a row that are alike two are kept, the first and the last, then three: what that adds to every
-    component at the peak of a part of the update, each of the blocks left out adds as well.
-
-    Args:
-        rehearse_one: transformer -> what `rehearse` returns; called with transformers that it may use up.
-    """
-    rows = [length for *_, length in block_rows(transformer)]
-    kept = [min(length, KEPT) for length in rows]
-    base, added = rehearse_one(shortened(transformer, kept)), []
-    for row, length in enumerate(rows):
-        if length > KEPT:
-            more = [number + (i == row) for i, number in enumerate(kept)]
-            added.append((length - KEPT, rehearse_one(shortened(transformer, more))))
-    peaks = []
-    for view, parts in enumerate(base):
-        whole = []
-        for part, peak in parts.items():
-            components = dict(peak.components)
-            for times, longer in added:
-                other = longer[view][part].components
-                for name in components.keys() | other.keys():
-                    difference = other.get(name, 0) - peak.components.get(name, 0)
-                    components[name] = components.get(name, 0) + times * difference
-            whole.append(Peak(peak.when, components))
-        peaks.append(max(whole, key=lambda peak: peak.bytes, default=Peak("", {})))
-    return peaks
-
-
-def block_rows(transformer: torch.nn.Module) -> list[tuple[torch.nn.ModuleList, int, int]]:
-    """(list, start, length) of the blocks (`sharding_units`) in a row that are alike, to their parameters' shapes."""
-
-    def alike(pair):
-        block = pair[1]
-        return repr(block), [tuple(parameter.shape) for parameter in block.parameters()], block in units
-
-    rows, units = [], set(sharding_units(transformer))
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.ModuleList) and units.intersection(module):
-            for (*_, is_unit), row in itertools.groupby(enumerate(module), alike):
-                row = list(row)
-                rows += [(module, row[0][0], len(row))] if is_unit else []
-    return rows
-
-
-def shortened(transformer, lengths: Sequence[int] | None = None):
-    """A copy of a transformer with so many blocks of each row; one of each by default."""
-    rows, left_out = block_rows(transformer), {}
-    for (blocks, start, length), kept in zip(rows, lengths or [1] * len(rows), strict=True):
-        left_out.setdefault(blocks, set()).update(range(start + kept, start + length))
-    memo = {  # what takes the place of a list of blocks in the copy
-        id(blocks): torch.nn.ModuleList(copy.deepcopy(block) for i, block in enumerate(blocks) if i not in numbers)
-        for blocks, numbers in left_out.items()
-    }
-    return copy.deepcopy(transformer, memo)
-
-
-def fill(network, mode) -> None:
-    """Fake tensors in place of the parameters and buffers of a network on the meta device."""
+def fill(network) -> None:
+    """Ghosts in place of the parameters and buffers of a network on the meta device."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None or tensor.device.type != "meta":
                     continue
-                with mode:
-                    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made = seen(empty(tensor.shape, tensor.dtype))
                 if isinstance(tensor, torch.nn.Parameter):
                     made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
                 tensors[name] = made
+
+
+@contextlib.contextmanager
+def no_draws():
+    """Stochastic rounding draws numbers for every parameter, which would take most of the time, and counts no bytes of
+    them: inside, it draws none."""
+    drawn, optimizers.half_words = optimizers.half_words, lambda *args: NO_DRAWS
+    try:
+        yield
+    finally:
+        optimizers.half_words = drawn
+
+
+NO_DRAWS = torch.zeros((), dtype=torch.int32)
 
 
 def _optimizer(tracker, network, build_optimizer):
@@ -292,10 +263,9 @@ def _update(tracker, optimizer, network) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _batch(mode, contract: Contract, size: int) -> SiDBatch:
+def _batch(contract: Contract, size: int) -> SiDBatch:
     def made(*shape, dtype=torch.float32):
-        with mode:
-            return torch.zeros(*shape, dtype=dtype)
+        return seen(empty(shape, dtype))
 
     def rows(number):
         return Conditioning(

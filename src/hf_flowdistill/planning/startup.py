@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from hf_flowdistill.networks.placement import has_room
+from hf_flowdistill.planning.few_blocks import shortened
+from hf_flowdistill.planning.ghosts import empty, seen
 from hf_flowdistill.planning.memory_tracker import MemoryTracker
-from hf_flowdistill.planning.rehearsal import fill, shortened
+from hf_flowdistill.planning.rehearsal import fill
 from hf_flowdistill.planning.skeleton import Shapes
 
 
@@ -57,7 +58,7 @@ def measure_start(shapes: Shapes, transformer: torch.nn.Module) -> Start:
     Args:
         transformer: the pipeline's own on the meta device, which is left as it is.
     """
-    mode, encoders = FakeTensorMode(allow_non_fake_inputs=True), 0.0
+    encoders = 0.0
     layers, encoding, learning = [_largest_layer(transformer)], [0.0], [0.0]
     runs = {name: (function, args, kwargs) for name, function, args, kwargs in shapes.runs}  # one of each network
     for name, (function, args, kwargs) in runs.items():
@@ -70,22 +71,19 @@ def measure_start(shapes: Shapes, transformer: torch.nn.Module) -> Start:
         if is_encoder:
             encoders += sum(4 * parameter.numel() for parameter in module.parameters())
         batch = shapes.batch if name == "transformer" else 1
-        taken = _run(mode, module, function.__func__, *_in_rows((args, kwargs), batch, rows))
+        taken = _run(module, function.__func__, *_in_rows((args, kwargs), batch, rows))
         (encoding if is_encoder else learning).append(taken)
     return Start(encoders, max(layers), max(encoding), max(learning))
 
 
-def _run(mode, module, function, args, kwargs) -> float:
+def _run(module, function, args, kwargs) -> float:
     """Bytes of all tensors but the weights, at the most, in a run without gradient."""
     tracker = MemoryTracker()
     with tracker, torch.no_grad():
         with tracker.component("weights"):
-            fill(module, mode)
+            fill(module)
         tracker.forget_peaks()
-        with mode:
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), (args, kwargs)
-            )
+        args, kwargs = tree_map_only(torch.Tensor, lambda value: seen(empty(value.shape, value.dtype)), (args, kwargs))
         function(module, *args, **kwargs)
     peak = tracker.peaks[0].get(("", None))
     return 0.0 if peak is None else peak.bytes - peak.components.get("weights", 0)

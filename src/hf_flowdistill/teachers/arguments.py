@@ -61,18 +61,18 @@ def get(arguments: dict[str, Any], path: str) -> Any:
 
 def put(arguments: dict[str, Any], path: str, entry: Any) -> dict[str, Any]:
     """A copy of `arguments` with `entry` at `path`; what lies beside the path is shared with the original."""
+    return _replaced(arguments, path.split("."), entry)
 
-    def replaced(value, keys):
-        if not keys:
-            return entry
-        if isinstance(value, dict):
-            return {**value, keys[0]: replaced(value.get(keys[0]), keys[1:])}
-        index = int(keys[0])
-        return type(value)(
-            replaced(item, keys[1:]) if position == index else item for position, item in enumerate(value)
-        )
 
-    return replaced(arguments, path.split("."))
+def _replaced(value, keys: list[str], entry):  # no function inside `put`: one that calls itself keeps `entry` alive
+    if not keys:
+        return entry
+    if isinstance(value, dict):
+        return {**value, keys[0]: _replaced(value.get(keys[0]), keys[1:], entry)}
+    index = int(keys[0])
+    return type(value)(
+        _replaced(item, keys[1:], entry) if position == index else item for position, item in enumerate(value)
+    )
 
 
 def pad(rows: list[Tensor]) -> Tensor:

@@ -109,7 +109,7 @@ class Contract:
             given = tuple(x_t.shape), tuple(sigma.shape)
             raise ValueError(f"expected x_t [B, *{self.latent_shape}] and sigma [B], not {given[0]} and {given[1]}")
         conditioning = conditioning.expand(batch)
-        groups = self._groups(conditioning)
+        groups = self.groups(conditioning)
         if len(groups) == 1:
             return self._velocity(transformer, x_t, sigma, conditioning)
         parts = [self._velocity(transformer, x_t[rows], sigma[rows], conditioning[rows]) for rows in groups]
@@ -308,9 +308,9 @@ class Contract:
 
     def places(self, conditioning: Conditioning) -> Tensor:
         """Where each row of a batch is among those that `velocity` hands to the transformer, call after call: [B]."""
-        return torch.tensor([row for rows in self._groups(conditioning) for row in rows]).argsort()
+        return torch.tensor([row for rows in self.groups(conditioning) for row in rows]).argsort()
 
-    def _groups(self, conditioning: Conditioning) -> list[list[int]]:
+    def groups(self, conditioning: Conditioning) -> list[list[int]]:
         """Row numbers that can share a call of the transformer."""
         keys: list[tuple] = [()] * len(conditioning)
         for path, slot in self.slots.items():

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError, first_line
-from hf_flowdistill.teachers.decode import decode
+from hf_flowdistill.teachers.decoding import decode
 from hf_flowdistill.teachers.finite import advice, is_finite
 from hf_flowdistill.teachers.watch import undisturbed
 

@@ -19,13 +19,10 @@ from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
 from hf_flowdistill.errors import UserError, first_line
+from hf_flowdistill.teachers.names import GUIDANCE_SCALES, SET_BY_US
 
 
 SCALE = 2.0  # of the classifier-free guidance in every guided call that is watched
-GUIDANCE_SCALES = ("guidance_scale", "true_cfg_scale")  # the ends of their names
-SET_BY_US = frozenset(
-    "prompt negative_prompt height width num_inference_steps latents generator output_type return_dict".split()
-)
 
 
 class CallFailed(RuntimeError):

@@ -4,13 +4,14 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.methods.freeflow import told_at_the_end
 from hf_flowdistill.methods.phases import method_of, not_reached, trained_sampler
 from hf_flowdistill.networks.adapters import merged
+from hf_flowdistill.networks.flow_map import attach, folded
 from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.roles import RoleSettings
 from hf_flowdistill.training import checkpointing, monitors
@@ -20,18 +21,9 @@ from hf_flowdistill.training.checkpointing import CONFIG, with_config
 # What runs must have in common for their mean to be a student: what they learned from, their sampler, their networks.
 OF_ONE_STUDENT = [
     *"teacher_weights height width aspect_ratio_buckets pipeline_kwargs num_steps sigmas noise_type".split(),
+    *"method guidance_range student_guidance_scale time_layers".split(),
     *(field.name for field in dataclasses.fields(RoleSettings)),
 ]
-
-
-def find_checkpoint(run) -> Path:
-    """The last checkpoint of a run, or the checkpoint itself."""
-    path = Path(run).resolve()
-    checkpoint = path if (path / checkpointing.STATE_FILE).is_file() else checkpointing.latest_checkpoint(path)
-    if checkpoint is None:
-        finished = f": its finished student is in {run}/student" if (path / "student").is_dir() else ""
-        raise UserError(f"{run} holds no checkpoint{finished or ': give the --output_dir of a training'}.")
-    return checkpoint
 
 
 def common_settings(found) -> dict:
@@ -109,20 +101,28 @@ def total_facts(found) -> dict:
 
 
 @torch.no_grad()
-def load_average(found, transformer, settings):
+def load_average(found, transformer, settings, predict=None):
     """The averaged generator of a checkpoint: the teacher's `transformer` with its weights, or in its role.
 
-    Of several checkpoints it is another transformer, with the mean of their weights in float32, adapters merged.
+    Of several checkpoints it is another transformer, with the mean of their weights in float32, adapters merged; of
+    FreeFlow's it is another too, of the stock class.
+
+    Args:
+        predict: calls a transformer once, at sigma 1; see `networks.flow_map.folded`.
     """
     roles = RoleSettings(**{f.name: settings[f.name] for f in dataclasses.fields(RoleSettings) if f.name in settings})
     transformer = copy.deepcopy(transformer).float() if len(found) > 1 else transformer
     network = roles.share(transformer).add("student") if roles.networks == "lora" else transformer
-    mean = None
+    told, mean = told_at_the_end(settings) if settings.get("method") == "freeflow" else {}, None
+    if told:
+        attach(network, settings["time_layers"], list(told))
     for count, checkpoint in enumerate(found, 1):
         checkpointing.load_checkpoint(checkpoint, networks={"ema": network}, optimizers={})
-        if len(found) == 1:
+        if len(found) == 1 and not told:
             return network
-        one = merged(network)
+        one = folded(network, merged(network), predict, **told) if told else merged(network)
+        if len(found) == 1:
+            return one
         mean = copy.deepcopy(one) if mean is None else mean
         for total, tensor in zip(mean.parameters(), one.parameters()):
             total.lerp_(tensor, 1 / count)

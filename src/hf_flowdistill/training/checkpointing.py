@@ -6,36 +6,25 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hf_flowdistill.data.files import checksum, flush, replace_text, unfinished_name
+from hf_flowdistill.data.files import checksum, flush
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.training.checkpoint_files import are_sharded, read_shards, read_whole, write_shards, write_whole
 from hf_flowdistill.training.distributed import is_distributed, on_main, process_rank, together
+from hf_flowdistill.training.folders import STATE_FILE, checkpoints, read_state
 
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
 CHECKSUM_FILE = "SHA256SUMS"  # as of sha256sum, which can check it too
-RUN_FILE = "run.json"
-WHERE = {"pretrained_model_name_or_path", "revision", "variant"}  # of the teacher, who is known by weights and config
+# Recorded and not compared: the teacher is known by weights and config, a recipe by its arguments.
+WHERE = {"pretrained_model_name_or_path", "revision", "variant", "recipe"}
 CONFIG = "teacher_config"
 LENGTH_COUNTS = "; a training with --lr_scheduler linear or cosine, or --step_shares, cannot be made longer or shorter"
-
-
-def checkpoints(output_dir) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def latest_checkpoint(output_dir) -> Path | None:
-    return next(reversed(checkpoints(output_dir)), None)
 
 
 def save_checkpoint(output_dir, *, networks: dict, optimizers: dict, state: dict, total_limit=None) -> Path | None:
@@ -134,18 +123,6 @@ def load_checkpoint(path, *, networks: dict, optimizers: dict) -> dict:
     return read_state(path)
 
 
-def read_state(path) -> dict:
-    """The JSON state of a checkpoint folder.
-
-    Raises:
-        UserError: if `path` is no checkpoint.
-    """
-    try:
-        return json.loads((Path(path) / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not a checkpoint of this script: it has no readable {STATE_FILE}.") from None
-
-
 def remove_unfinished(output_dir) -> None:
     """Clear what a crash in the middle of `save_checkpoint` left behind: before `find_resume`.
 
@@ -157,37 +134,6 @@ def remove_unfinished(output_dir) -> None:
             os.replace(replaced, target)
     for path in Path(output_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(path)
-
-
-def write_run(output_dir, settings: dict) -> None:
-    """Note in `output_dir`, before anything else is written there, which run it belongs to."""
-    path = Path(output_dir, RUN_FILE)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(settings, indent=2) + "\n")
-
-
-def read_run(output_dir, *, resume: bool) -> list[dict]:
-    """The settings of the run that `output_dir` belongs to: a list of one, or of none if the folder is new or empty.
-
-    Raises:
-        UserError: if it holds something and this is not to `resume`, or if it holds something else than a run.
-    """
-    output_dir = Path(output_dir)
-    if not output_dir.is_dir() or not {path.name for path in output_dir.iterdir()} - {unfinished_name(RUN_FILE)}:
-        return []
-    if not resume:
-        raise UserError(
-            f"the output folder {output_dir} is not empty: choose another --output_dir, "
-            "or go on with --resume_from_checkpoint latest."
-        )
-    try:
-        return [json.loads((output_dir / RUN_FILE).read_text())]
-    except (OSError, ValueError):
-        raise UserError(
-            f"the output folder {output_dir} is not empty, and without a readable {RUN_FILE} it is not one of "
-            "this script's: choose another --output_dir."
-        ) from None
 
 
 def find_resume(output_dir, resume: str | None) -> Path | None:

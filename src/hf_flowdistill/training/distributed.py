@@ -125,7 +125,7 @@ def check_accelerator(accelerator) -> None:
     """Stop a launch that this package does not compute rightly.
 
     Raises:
-        UserError: for a mixed precision other than bfloat16, or for networks that the launcher would shard.
+        UserError: for a mixed precision other than bfloat16, or networks that the launcher would shard.
     """
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(
@@ -133,10 +133,9 @@ def check_accelerator(accelerator) -> None:
             "launch with --mixed_precision bf16 or no."
         )
     kind = str(accelerator.distributed_type.value)
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
-            f"{kind} was launched, but the script shards by itself: launch with --multi_gpu, and give it "
-            "--sharding full or hybrid."
+            f"{kind} was launched, but the script shards by itself: launch with --multi_gpu or --use_fsdp."
         )
 
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from string import Formatter
 
-import numpy as np
 import torch
 
 from hf_flowdistill.data.files import replace_text
@@ -95,14 +94,16 @@ def watch(record: dict, averages: dict, *, num_steps: int) -> list[str]:
     return sentences
 
 
-def progress(record: dict, pieces: tuple[str, ...]) -> str:
-    """Those of `pieces`, formats, of which every name is in `record`, filled in and joined."""
-    filled = []
+def progress(record: dict, pieces: tuple[str, ...], room: int) -> str:
+    """Those of `pieces`, formats, of which every name is in `record`, filled in and joined, as far as there is `room`,
+    in letters. The sampler step that they are of comes first."""
+    shown = f"k={record['k']}" if "k" in record else ""
     for piece in pieces:
         names = [name for _, name, _, _ in Formatter().parse(piece) if name]
         if record.keys() >= set(names):
-            filled.append(piece.format(**record))
-    return ", ".join(filled)
+            longer = f"{shown} {piece.format(**record)}".strip()
+            shown = longer if len(longer) <= room else shown
+    return shown
 
 
 class MetricsFile:
@@ -173,26 +174,7 @@ def training_facts(output_dir, state) -> dict:
     return {name: value for name, value in facts.items() if value}
 
 
-def save_image(accelerator, image, folder, images_seen: int) -> None:
-    """Write a PIL image to `folder`/images-<images_seen>.png and give it to the trackers that take images."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    image.save(Path(folder, f"images-{images_seen}.png"))
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if tracker.name in ("tensorboard", "wandb"):
-            tracker.log_images({Path(folder).name: np.asarray(image)[None]}, step=images_seen, **layout)
-
-
 def last_sheet(output_dir, state) -> Path | None:
     """The sheet of samples that was drawn at `state`, if one was."""
     sheet = Path(output_dir, "validation", f"images-{state['images_seen']}.png")
     return sheet if sheet.is_file() else None
-
-
-def tracker_config(args) -> dict:
-    """Parsed arguments as trackers take them: numbers and text, and no token."""
-    return {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in vars(args).items()
-        if not name.endswith("token")
-    }

@@ -11,10 +11,7 @@ from torch.optim.adam import adam
 
 from hf_flowdistill.flow.draws import half_words
 from hf_flowdistill.training.distributed import all_ranks_agree, average_gradients, whole
-
-
-LR_SCHEDULES = ("constant", "cosine", "linear")
-ROUNDINGS = ("stochastic", "nearest")
+from hf_flowdistill.training.names import ROUNDINGS
 
 
 def build_optimizer(
@@ -22,7 +19,7 @@ def build_optimizer(
     *,
     betas=(0.0, 0.999),
     epsilon: float = 1e-8,
-    rounding: str = "stochastic",
+    rounding: str = ROUNDINGS[0],
     use_8bit_adam: bool = False,
     seed: int = 0,
 ):

@@ -1,26 +1,25 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""How a training goes: the record of every update, its warnings, and the sheets of samples."""
+"""How a training goes: the record of every update, and its warnings."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 
-import torch
-from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from hf_flowdistill.errors import UserError
-from hf_flowdistill.methods.method import Size, Update
-from hf_flowdistill.teachers import decode
-from hf_flowdistill.teachers.watch import CallFailed
-from hf_flowdistill.training import monitors
+from hf_flowdistill.methods.method import Update
+from hf_flowdistill.training import monitors, trackers
 from hf_flowdistill.training.run import Run
 
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 5
+COLUMNS = 100  # of the progress bar, or what a narrower terminal has
+BAR = "{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+SHORTEST_BAR = 5
 
 
 class Record:
@@ -29,17 +28,19 @@ class Record:
 
     def __init__(self, run: Run):
         args, state = run.args, run.state
-        self._run, self._shown, self._skipped_in_a_row = run, {}, 0
+        self._run, self._skipped_in_a_row, self._start = run, 0, None
+        self._shown: dict[int | None, dict] = {}  # sampler step -> what is known of it
         self._is_main = run.accelerator.is_main_process
         if self._is_main:
             self._file = monitors.MetricsFile(Path(args.output_dir, "metrics.jsonl"), images_seen=state["images_seen"])
-            run.accelerator.init_trackers(
-                args.tracker_project_name,
-                monitors.tracker_config(args),
-                init_kwargs={"wandb": {"dir": args.output_dir}},
-            )
+            trackers.begin(run.accelerator, args, images_seen=state["images_seen"])
         self._bar = tqdm(
-            total=args.max_train_images, initial=state["images_seen"], unit="img", disable=not self._is_main
+            total=args.max_train_images,
+            initial=state["images_seen"],
+            unit="img",
+            disable=not self._is_main,
+            ncols=min(COLUMNS, shutil.get_terminal_size((COLUMNS, 24)).columns),
+            bar_format=BAR,
         )
 
     def write(self, update: Update, number: int, learning_rate: float, metrics: dict, skipped: list[str]) -> None:
@@ -94,50 +95,24 @@ class Record:
             self._bar.clear()
             logger.warning(sentence)
         self._file.write(record)
-        run.accelerator.log(record, step=run.state["images_seen"])
-        self._shown |= record
-        shown, skipped = monitors.progress(self._shown, run.method.progress), run.state["skipped_updates"]
-        self._bar.set_postfix_str(shown + f", {skipped} skipped" * bool(skipped), refresh=False)
+        run.accelerator.log(trackers.scalars(record, monitors.NORMAL), step=run.state["images_seen"])
+        known = self._shown.setdefault(record.get("k"), {})
+        known |= record  # not every update measures everything
+        skipped = run.state["skipped_updates"]
+        told = f", {skipped} skipped" if skipped else ""
+        shown = monitors.progress(known, run.method.progress, self._room() - len(told))
+        self._bar.set_postfix_str(shown + told, refresh=False)
+
+    def _room(self) -> int:
+        """How many letters the bar has for what an update was like."""
+        rest = self._bar.format_dict | {"bar_format": BAR.replace("{bar}", ""), "postfix": ", ", "ncols": None}
+        return self._bar.ncols - len(tqdm.format_meter(**rest)) - SHORTEST_BAR
 
     def begin(self) -> None:
         """An update begins: its time counts from now."""
+        if self._start is None:
+            self._bar.unpause()  # what was before the first one is no part of the speed
         self._start = time.perf_counter()
 
     def close(self) -> None:
         self._bar.close()
-
-
-def draw_sheets(run: Run) -> None:
-    """For every image size a sheet of the averaged generator's samples, from the same noise every time."""
-    for size in run.texts.sizes:
-        _draw_sheet(run, size)
-
-
-@torch.no_grad()
-def _draw_sheet(run: Run, size: Size) -> None:
-    """One row for each validation prompt."""
-    args, device, latents = run.args, run.accelerator.device, []
-    columns = args.num_validation_images
-    for row in range(len(args.validation_prompts)):
-        samples = run.fixed_samples(size, range(row * columns, (row + 1) * columns))
-        with run.accelerator.autocast():
-            x0 = run.method.generate(
-                run.ema.model,
-                size.contract,
-                size.validation[row].to(device),
-                lambda i, samples=samples: samples.noise(f"validation step {i}"),
-                run.sampler,
-            )
-        latents.append(x0)
-    if not run.accelerator.is_main_process:
-        return
-    try:
-        with run.teacher.on_device():
-            # one at a time, since they are beside all networks
-            images = decode(run.teacher.pipeline, size.contract, torch.cat(latents), batch_size=1)
-    except (UserError, CallFailed) as error:
-        logger.warning(f"{run.state['images_seen']} images: there is no sheet of samples ({error})")
-        return
-    sheet = make_image_grid(images, rows=len(args.validation_prompts), cols=columns)
-    name = f"{size.contract.height}x{size.contract.width}" if args.aspect_ratio_buckets else ""
-    monitors.save_image(run.accelerator, sheet, Path(args.output_dir, "validation", name), run.state["images_seen"])

@@ -30,19 +30,19 @@ from hf_flowdistill.hub.push import push_student
 from hf_flowdistill.hub.student import sampler_change
 from hf_flowdistill.methods.method import Method, Samples, Size
 from hf_flowdistill.methods.phases import last_begun, method_of, not_reached
-from hf_flowdistill.networks.adapters import merged, save_lora
-from hf_flowdistill.networks.arguments import role_settings
+from hf_flowdistill.networks.adapters import save_lora
 from hf_flowdistill.networks.loading import configuration, weights_digest
 from hf_flowdistill.networks.placement import streamed
-from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing
+from hf_flowdistill.networks.roles import Networks, check_gradient_checkpointing, role_settings
 from hf_flowdistill.teachers import learn_low_precision
 from hf_flowdistill.training import checkpointing, monitors
 from hf_flowdistill.training.ema import EMA
+from hf_flowdistill.training.folders import read_state, write_run
 from hf_flowdistill.training.initial_weights import load_weights
 from hf_flowdistill.training.launch import Identity, find_checkpoint
 from hf_flowdistill.training.optimizers import build_optimizer, learning_rate_factor
 from hf_flowdistill.training.teacher import Teacher, load_teacher
-from hf_flowdistill.training.texts import Texts, open_pairs
+from hf_flowdistill.training.texts import Texts, open_images, open_pairs, open_prompt_parts
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     """
     find_checkpoint(args, accelerator, identity)
     checkpoint = identity.checkpoint
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {}
+    resumed = read_state(checkpoint) if checkpoint else {}
+    dataset = open_images(args) if method.takes_images else None
     teacher = load_teacher(args, accelerator.device)
     roles, transformer = role_settings(args), teacher.pipeline.transformer
     with teacher.on_device():
@@ -161,16 +162,17 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
     teacher = in_precision(teacher, transformer, accelerator)
     logger.info(f"the teacher's contract:\n{teacher.contracts[0].describe()}")
 
-    pairs = open_pairs(args, accelerator, teacher, resumed.get("images")) if method.takes_images else None
+    pairs = open_pairs(args, accelerator, teacher, dataset, resumed.get("images")) if method.takes_images else None
     identity.check(**({} if pairs is None else {"dataset": pairs.identity}))
     if accelerator.is_main_process:  # before anything else is written there
-        checkpointing.write_run(args.output_dir, identity.settings)
-    texts = Texts(args, accelerator, teacher, pairs)
+        write_run(args.output_dir, identity.settings)
+    texts = Texts(args, accelerator, teacher, pairs or open_prompt_parts(args, accelerator))
     texts.take(prompts, resumed.get("images_seen", 0))
 
     networks = build_networks(args, method, teacher, transformer, texts.sizes[0], accelerator)
     if checkpoint is None and getattr(args, "student_model_name_or_path", None):
         start_as_student(args, method, networks, teacher)
+    method.equip(networks, teacher.sharding.add)
     ema = EMA(networks.generator, args.ema_half_life_images, copy=teacher.sharding.copy)
     optimizers = {name: build_adam(args, name, network) for name, network in networks.trained().items()}
     state = {"images_seen": 0, "step": 0, "skipped_updates": 0, "turns": {}}
@@ -183,7 +185,7 @@ def prepare(args, method: Method, accelerator: Accelerator, prompts: list[str], 
         state |= checkpointing.load_checkpoint(checkpoint, **run.saved) | {"settings": identity.settings}
         state["turns"] = state["turns"] or {"generator": [state["step"], 0]}  # earlier versions did not count them
         checkpointing.set_aside_later(args.output_dir, state["images_seen"])
-        logger.info(f"going on from {checkpoint}")
+        logger.info(f"going on from {checkpoint}, {state['images_seen']} of {args.max_train_images} images")
     state |= {"used": method.used | used_roles(args), "hardware": monitors.add_hardware(state, accelerator)}
     logger.info(
         f"{texts.prompts.count} prompts ({len(texts.prompts.distinct)} distinct), {run.images_per_update} images "
@@ -220,13 +222,18 @@ def build_networks(args, method: Method, teacher: Teacher, transformer, size: Si
     return networks
 
 
-def predict_once(size: Size, accelerator, network) -> torch.Tensor:
-    """One prediction of `network`: the velocity at sigma 0.5 of what the first prompt's noise is there."""
-    x_t = sample_noise(
-        size.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=accelerator.device
-    )
+def predict_once(size: Size, accelerator, network, *, sigma: float = 0.5, device=None) -> torch.Tensor:
+    """One prediction of `network`: the velocity at `sigma` of what the first prompt's noise is there."""
+    device = device or accelerator.device
+    x_t = sample_noise(size.contract.latent_shape, seed=0, step=0, purpose="check", indices=[0], device=device)
     with accelerator.autocast():
-        return size.contract.velocity(network, x_t, x_t.new_full((1,), 0.5), size.conditional[[0]].to(x_t.device))
+        return size.contract.velocity(network, x_t, x_t.new_full((1,), sigma), size.conditional[[0]].to(device))
+
+
+def predict_from_noise(run: Run, network) -> torch.Tensor:
+    """`predict_once` at sigma 1, where `network` is."""
+    device = next(network.parameters()).device
+    return predict_once(run.texts.sizes[0], run.accelerator, network, sigma=1.0, device=device)
 
 
 def start_as_student(args, method: Method, networks: Networks, teacher: Teacher) -> None:
@@ -285,7 +292,7 @@ def finish(run: Run) -> None:
         run.teacher.pipeline,
         Path(args.output_dir, "student"),
         run.sampler,
-        transformer=merged(student),
+        transformer=run.method.published(student, functools.partial(predict_from_noise, run)),
         contract=run.teacher.contracts[0],
         pipeline_kwargs=args.pipeline_kwargs | {"height": args.height, "width": args.width},
         teacher=TeacherSource(args.pretrained_model_name_or_path, args.revision),

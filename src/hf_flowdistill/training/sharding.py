@@ -3,6 +3,7 @@
 """Networks that are larger than one accelerator: their parameters in shards, by PyTorch's FSDP2."""
 
 import copy
+import functools
 import os
 import weakref
 from collections.abc import Callable
@@ -16,17 +17,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.adapters import Role, without_adapters
 from hf_flowdistill.networks.blocks import sharding_units
+from hf_flowdistill.networks.flow_map import attach_as
 from hf_flowdistill.networks.roles import plain_copy
 from hf_flowdistill.teachers.precision import cast, floating_dtype
 from hf_flowdistill.training.distributed import local
 
 
-SHARDINGS = ("none", "full", "hybrid")
-
-
-def process_group_backend(cpu_offload: bool) -> str:
+def process_group_backend() -> str:
     """Of the processes' group: what waits in main memory is reduced there too."""
-    return "cuda:nccl,cpu:gloo" if cpu_offload and torch.cuda.is_available() else "nccl"  # the latter is the default
+    return "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "nccl"  # the latter is the default
 
 
 def count_shards(kind: str, processes: int) -> int:
@@ -160,15 +159,40 @@ class Sharding:
         if not self.is_main:
             return None
         gathered = copy.deepcopy(self.shells[sharded]).requires_grad_(False)
+        if sharded is network:
+            attach_as(gathered, network)
         gathered.load_state_dict(without_adapters(weights), assign=True)
         return network.on(gathered) if isinstance(network, Role) else gathered
 
+    def add(self, network: torch.nn.Module, module: torch.nn.Module, *, offload=None) -> torch.nn.Module:
+        """`module`, which `network` is to have too, on the device; in shards where that is a sharded one of `copy`."""
+        if network not in self.shells:
+            return module.to(self.device)
+        offload = self.offload if offload is None else offload
+        module.to("cpu" if isinstance(offload, CPUOffloadPolicy) else self.device)
+        fully_shard(module, **self._settings(offload))
+        module.unshard()  # as in `copy`
+        module.reshard()
+        return module
+
     def _twin(self, network, dtype, offload):
         twin = self._assemble(self.shells[network], offload, dtype)
+        attach_as(twin, network, functools.partial(self.add, offload=offload))
         with torch.no_grad():
             for mine, theirs in zip(twin.state_dict().values(), network.state_dict().values(), strict=True):
                 local(mine).copy_(local(theirs))
         return twin
+
+    def _settings(self, offload) -> dict:
+        """Of `fully_shard`."""
+        return {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            "offload_policy": offload,
+            # For the outermost unit too: after a pass without gradient it would stay whole, for the average and the
+            # optimizer to find.
+            "reshard_after_forward": True,
+        }
 
     def _assemble(self, shell, offload, dtype=None):
         """A sharded network of the architecture of `shell`, with any values."""
@@ -176,14 +200,7 @@ class Sharding:
         if dtype is not None:
             cast(network, dtype)
         buffers = dict(network.named_buffers(remove_duplicate=False))
-        # True for the outermost unit too: after a pass without gradient it would stay whole, for the average and the
-        # optimizer to find.
-        settings = {
-            "mesh": self.mesh,
-            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-            "offload_policy": offload,
-            "reshard_after_forward": True,
-        }
+        settings = self._settings(offload)
         for unit in [*_units_of_another_dtype(network), *sharding_units(network), network]:
             name = type(unit).__name__  # by which the contract and `sharding_units` tell it
             type(fully_shard(unit, **settings)).__name__ = name

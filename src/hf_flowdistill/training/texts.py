@@ -6,12 +6,13 @@ import functools
 import logging
 from pathlib import Path
 
-from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings
+from hf_flowdistill.data.arguments import dataset_settings, image_cache_dir, pair_settings, prompt_parts_dir
 from hf_flowdistill.data.cache import cached_conditioning
-from hf_flowdistill.data.image_dataset import open_dataset
+from hf_flowdistill.data.image_dataset import ImageDataset, open_dataset
 from hf_flowdistill.data.images import ImagePairs
 from hf_flowdistill.data.keys import component_digests, encoder_key
-from hf_flowdistill.data.prompts import PromptStream
+from hf_flowdistill.data.prompt_parts import PromptParts
+from hf_flowdistill.data.stream import PromptStream
 from hf_flowdistill.methods.method import Size
 from hf_flowdistill.networks.placement import move_all_but_transformer, place_text_encoders
 from hf_flowdistill.teachers import encode_batch, encode_unconditional, first_alike
@@ -29,12 +30,13 @@ class Texts:
     Attributes:
         prompts: which sample has which.
         sizes: one for each of the teacher's contracts.
-        pairs: the text-image pairs, whose captions the prompts then are, or None.
+        parts: of text-image pairs, whose captions the prompts then are, or of prompts; None where all prompts are at
+            hand.
     """
 
-    def __init__(self, args, accelerator, teacher: Teacher, pairs: ImagePairs | None = None):
+    def __init__(self, args, accelerator, teacher: Teacher, parts: ImagePairs | PromptParts | None = None):
         """Nothing is encoded yet; `take` comes first."""
-        self.pairs = pairs
+        self.parts = parts
         self.prompts: PromptStream | None = None
         self.sizes: list[Size] = []
         self._args, self._accelerator, self._teacher = args, accelerator, teacher
@@ -42,29 +44,34 @@ class Texts:
         self._components: dict[str, str] = {}
 
     @property
+    def pairs(self) -> ImagePairs | None:
+        return None if isinstance(self.parts, PromptParts) else self.parts
+
+    @property
     def state(self) -> dict:
         """What a checkpoint has to keep."""
         return {} if self.pairs is None else {"images": self.pairs.state}
 
     def take(self, prompts: list[str], images_seen: int) -> None:
-        """Encode `prompts`, or the pairs that follow `images_seen` images and their captions; all processes together.
+        """Encode `prompts`, or the part that follows `images_seen` images; all processes together.
 
         The text encoders and the VAE are on the device meanwhile.
         """
         pipeline, device = self._teacher.pipeline, self._accelerator.device
         if self.pairs is not None:
             pipeline.vae.to(device)
-            self.pairs.move_to(images_seen)
-            prompts = self.pairs.captions
+        if self.parts is not None:
+            self.parts.move_to(images_seen)
+            prompts = self.parts.captions
         self.prompts = PromptStream(prompts, self._args.seed)
         place_text_encoders(pipeline, device)
         self.sizes = self._encode_sizes()
-        kept = self.pairs is not None or self._accelerator.is_main_process  # to decode samples, or for the next pairs
+        kept = self.parts is not None or self._accelerator.is_main_process  # to decode samples, or for the next part
         move_all_but_transformer(pipeline, "cpu" if kept else "meta")
 
     def follow(self, images_seen: int) -> None:
-        """Go on with the next pairs where those at hand are over."""
-        if self.pairs is not None and self.pairs.is_over(images_seen):
+        """Go on with the next part where the one at hand is over."""
+        if self.parts is not None and self.parts.is_over(images_seen):
             self.take([], images_seen)
 
     def _encode_sizes(self) -> list[Size]:
@@ -82,7 +89,7 @@ class Texts:
         args, accelerator, pipeline = self._args, self._accelerator, self._teacher.pipeline
         # a cache is of one size; those whose conditioning is another than the first's have theirs inside it
         part = f"{contract.height}x{contract.width}" if later else ""
-        home = Path(args.output_dir) if self.pairs is None else self.pairs.folder
+        home = Path(args.output_dir) if self.parts is None else self.parts.folder
         cached = functools.partial(
             cached_conditioning,
             Path(args.conditioning_cache_dir or home / "conditioning", part),
@@ -96,18 +103,22 @@ class Texts:
             with self._teacher.on_device():
                 return encode(pipeline, contract, texts)
 
-        texts = self.prompts.distinct
-        conditional = cached(texts, encode, watched=functools.partial(watched_tokenizers, pipeline))
+        texts, watched = self.prompts.distinct, functools.partial(watched_tokenizers, pipeline)
+        conditional = cached(texts, encode, watched=watched)
         # apart, so that changing them on resume cannot touch the last digit of the others
-        validation = cached(args.validation_prompts, encode) if args.validation_prompts else None
+        validation = cached(args.validation_prompts, encode, watched=watched) if args.validation_prompts else None
         unconditional = cached(
             [args.negative_prompt],
             lambda texts: encode(*texts, encode=encode_unconditional),
             role="negative prompt",
         )
-        logger.info(f"the prompts are encoded, {conditional[0].nbytes:,} bytes each")
-        if losses := conditional.losses(texts):
-            logger.warning(losses)
+        logger.info(f"{conditional.origin()}; {conditional[0].nbytes:,} bytes each")
+        for rows, of, kind in (
+            (conditional, texts, "prompts"),
+            (validation, args.validation_prompts, "validation prompts"),
+        ):
+            if rows is not None and (losses := rows.losses(of, kind)):
+                logger.warning(losses)
         return Size(contract, conditional, unconditional[0].to(accelerator.device), validation)
 
     def _key(self, contract) -> dict:
@@ -121,13 +132,38 @@ class Texts:
         return self._keys[size]
 
 
-def open_pairs(args, accelerator, teacher: Teacher, state: dict | None) -> ImagePairs:
-    """The text-image pairs that the arguments name; `state` is that of a checkpoint, or None.
+def open_prompt_parts(args, accelerator) -> PromptParts | None:
+    """The prompts that the arguments say are read a part at a time, if they are."""
+    if not args.prompts_per_part:
+        return None
+    return PromptParts(
+        prompt_parts_dir(args),
+        args.dataset_name,
+        args.dataset_config_name,
+        args.caption_column,
+        prompts_per_part=args.prompts_per_part,
+        is_main=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )
+
+
+def open_images(args) -> ImageDataset:
+    """The text-image set that the arguments name, of which some pair can be used.
 
     Raises:
-        UserError: the dataset cannot be read, or the teacher's VAE cannot encode.
+        UserError: the dataset cannot be read, or has no images and captions in these columns.
     """
     dataset = open_dataset(args.dataset_name, **dataset_settings(args))
+    dataset.check()
+    return dataset
+
+
+def open_pairs(args, accelerator, teacher: Teacher, dataset: ImageDataset, state: dict | None) -> ImagePairs:
+    """The text-image pairs of `dataset`; `state` is that of a checkpoint, or None.
+
+    Raises:
+        UserError: the teacher's VAE cannot encode.
+    """
     with teacher.on_device():
         encoder = learn_image_encoder(teacher.pipeline, teacher.contracts[0])
     return ImagePairs(

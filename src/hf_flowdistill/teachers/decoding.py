@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from hf_flowdistill.teachers.finite import finite_images
-from hf_flowdistill.teachers.watch import call_arguments, plain_scheduler, undisturbed, watch
+from hf_flowdistill.teachers.watch import call_arguments, own_scheduler, plain_scheduler, undisturbed, watch
 
 
 def decode(pipeline, contract, latents: Tensor, output_type: str = "pil", *, batch_size: int = 8):
@@ -47,6 +47,28 @@ def decode(pipeline, contract, latents: Tensor, output_type: str = "pil", *, bat
     if output_type == "pt":
         return torch.cat(batches)
     return np.concatenate(batches) if output_type == "np" else [image for batch in batches for image in batch]
+
+
+def sampler_levels(pipeline, contract) -> list[float]:
+    """The noise levels of the pipeline's own many steps at the contract's size, falling, and the 0 that they end at.
+
+    Learned from one call with the transformer switched off. The pipeline is left as it was.
+
+    Raises:
+        CallFailed, UserError: the call fails.
+    """
+    with undisturbed(pipeline), finite_images(pipeline):
+        arguments = call_arguments(
+            pipeline,
+            [""],
+            height=contract.height,
+            width=contract.width,
+            pipeline_kwargs=contract.pipeline_kwargs,
+            output_type="np",
+            **contract.guidance.arguments(on=False),
+        )
+        steps, _ = watch(pipeline, arguments, scheduler=own_scheduler(pipeline), stub=contract.zero_output)
+    return [*(step.sigma for step in steps), 0.0]
 
 
 def _scheduler_that_returns(latents: Tensor, scheduler):
