@@ -4,7 +4,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,13 +69,11 @@ class Actor:
                 if isinstance(network, Role):
                     network.shared.checkpointed.clear()
 
-    @functools.cache  # noqa: B019
     def trained(self, left_out: frozenset) -> list[torch.nn.Parameter]:
         """What is trained of the network, without that in the blocks `left_out`."""
         inside = {id(parameter) for block in self._blocks(left_out) for parameter in block.parameters()}
         return [parameter for parameter in self.parameters if id(parameter) not in inside]
 
-    @functools.cache  # noqa: B019
     def sizes(self, left_out: frozenset, average: bool = False) -> tuple[int, int]:
         """Bytes of the transformer's parameters, without those of an adapter, and of its buffers, without those in the
         blocks `left_out`; of its average, which is in float32."""

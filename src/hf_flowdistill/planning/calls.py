@@ -17,7 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from hf_flowdistill.planning.ghosts import Ghost, Home, empty, form_of, ghost, memory_of
-from hf_flowdistill.planning.traces import NotAlike, Recorder, Region, Stay, without
+from hf_flowdistill.planning.traces import NotAlike, Recorder, Region, Stay, table, without
 
 
 # Regions, in order; `of` a block is (row, number in the row).
@@ -88,7 +88,7 @@ class Call:
 
     Attributes:
         regions, stays: of memory that is taken in the forward and backward pass, but for outputs and gradients of
-            inputs.
+            inputs; a `table`.
         arguments: of each leaf of the arguments, its stay, if it is a tensor.
         outputs, returned: the same of what is returned; and its form.
         gradients: the same of the gradients of the outputs, which are used up.
@@ -97,7 +97,7 @@ class Call:
     """
 
     regions: list[Region]
-    stays: list[Stay]
+    stays: np.ndarray
     arguments: list[Stay | None]
     outputs: list[Stay | None]
     returned: Given
@@ -109,13 +109,6 @@ class Call:
     def face(self):
         """What is seen of it from outside."""
         return self.returned.key, self.input_gradient and self.input_gradient[0]
-
-    @functools.cached_property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """Of the stays: bytes [n]; regions and looks [2, n] of their beginnings, and of their ends."""
-        moments = ([getattr(stay, name) for stay in self.stays] for name in ("born", "dead"))
-        sizes = np.array([stay.size for stay in self.stays], int)
-        return sizes, *(np.array(rows, int).reshape(-1, 2).T for rows in moments)
 
     @functools.cached_property
     def rows(self) -> list[np.ndarray]:
@@ -213,7 +206,9 @@ def record(network, given: Given, grad: bool, autocast: Callable, gradients: tup
         raise NotAlike("what a network is given or returns outlives its call")
     if any(stay.born is None for stay in outputs if stay) or any(stay.born is None for _, stay in inputs):
         raise NotAlike("a network returns what it was given")
-    return Call(recorder.regions, stays, arguments, outputs, returned, roots, inputs[0] if inputs else None, gradients)
+    return Call(
+        recorder.regions, table(stays), arguments, outputs, returned, roots, inputs[0] if inputs else None, gradients
+    )
 
 
 def _give_gradients(given: Given, tensors: list, recorder, inputs: list) -> None:

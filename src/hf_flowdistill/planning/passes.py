@@ -223,9 +223,9 @@ def _lie(frame: Frame, calls):
 def _stays(frame: Frame, calls, starts, bases):
     """(bytes, look in which it begins, last look) of all stays, in arrays."""
     for call, base in zip(calls, bases):
-        size, born, dead = call.arrays
+        size, born, look, dead, last = call.stays.T
         inside = np.array([region.name in (FORWARD, BACKWARD) for region in call.regions])
-        yield size, base[born[0]] + born[1], base[dead[0]] + dead[1] * inside[dead[0]]
+        yield size, base[born] + look, base[dead] + last * inside[dead]
     begins, ends, kept = _faces(frame, calls, bases)
     rows = []
     for stay in frame.stays:

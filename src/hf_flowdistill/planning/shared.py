@@ -36,7 +36,7 @@ class Rehearsals:
         self.longer = {(row, 1): length - KEPT for row, length in enumerate(rows) if length > KEPT}
         self.transformer = shortened(transformer, [min(length, KEPT + 1) for length in rows])
         self.contract, self.config = contract, config
-        self.actors, self.calls, self.frames, self.cut, self.updates = {}, {}, {}, {}, {}
+        self.actors, self.calls, self.frames, self.cut, self.updates, self.sizes = ({} for _ in range(6))
 
     def peaks(self, case, views) -> list[Peak]:
         """For each of `views`, as for `rehearse`, the peak of a `cases.Case`.
@@ -148,7 +148,13 @@ class Rehearsals:
         return self.cut[key]
 
     def _update(self, case, role: str, left_out: frozenset) -> Update:
-        parameters = self._actor(case, role).trained(left_out)
+        key = self._actor_key(case, role), case.precision.rounding, case.use_8bit_adam, left_out
+        if key not in self.updates:
+            self.updates[key] = self._measured(case, self._actor(case, role).trained(left_out))
+        return self.updates[key]
+
+    def _measured(self, case, parameters) -> Update:
+        """Of any network with parameters of these shapes."""
         forms = tuple((parameter.shape, parameter.dtype) for parameter in parameters)
         rounds = case.precision.rounding if torch.bfloat16 in {dtype for _, dtype in forms} else None
         key = forms, rounds, case.use_8bit_adam
@@ -158,15 +164,18 @@ class Rehearsals:
 
     def _values(self, case, left_out: frozenset) -> dict[str, int]:
         """Component -> bytes of all networks."""
-        sizes, average = {}, "average of the generator"
-        for name, role in (("generator", "generator"), ("fake score", "fake_score"), (average, "generator")):
-            actor = self._actor(case, role)
-            if _is_role(case, role):
-                sizes[name + LORA] = sum(p.numel() * p.element_size() for p in actor.trained(left_out))
-            else:
-                sizes[name], sizes[name + BUFFERS] = actor.sizes(left_out, name == average)
-        sizes["teacher"], sizes["teacher" + BUFFERS] = self._actor(case, "teacher").sizes(left_out)
-        return sizes
+        key = *(self._actor_key(case, role) for role in ROLES), left_out
+        if key not in self.sizes:
+            sizes, average = {}, "average of the generator"
+            for name, role in (("generator", "generator"), ("fake score", "fake_score"), (average, "generator")):
+                actor = self._actor(case, role)
+                if _is_role(case, role):
+                    sizes[name + LORA] = sum(p.numel() * p.element_size() for p in actor.trained(left_out))
+                else:
+                    sizes[name], sizes[name + BUFFERS] = actor.sizes(left_out, name == average)
+            sizes["teacher"], sizes["teacher" + BUFFERS] = self._actor(case, "teacher").sizes(left_out)
+            self.sizes[key] = sizes
+        return dict(self.sizes[key])
 
 
 @contextlib.contextmanager

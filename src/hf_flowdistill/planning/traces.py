@@ -7,9 +7,10 @@ so that a region can be left out, or take the place of another.
 """
 
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +44,7 @@ class Region:
     places: list[int | None] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class Stay:
     """The memory of one tensor and its views. It counts in the looks from `born` (None: it was there) up to `dead`.
 
@@ -116,32 +117,38 @@ class Recorder(TorchDispatchMode):
         return Moment(len(self.regions) - 1, len(self.regions[-1].places))
 
 
-def without(regions: list[Region], stays: list[Stay], block) -> tuple[list[Region], list[Stay]]:
+SIZE, BORN, LOOK, DEAD, LAST = range(5)  # columns of a table of stays: bytes, and two moments
+
+
+def table(stays: list[Stay]) -> np.ndarray:
+    """[n, 5], of stays that begin and end."""
+    return np.array([(stay.size, *stay.born, *stay.dead) for stay in stays], int).reshape(-1, 5)
+
+
+def without(regions: list[Region], stays: np.ndarray, block) -> tuple[list[Region], np.ndarray]:
     """Without the regions `of` a block that is between others like it, which are then next to each other.
 
     What enters that block and ends there stays for as long as what leaves it for one of them.
 
+    Args:
+        stays: a `table`, in the order in which they begin.
+
     Raises:
         NotAlike: these are not as many, or of other sizes.
     """
-    left_out = {number for number, region in enumerate(regions) if region.of == block}
-    enter, leave, kept = {}, {}, []
-    for stay in stays:
-        begins, ends = (moment is not None and moment.region in left_out for moment in (stay.born, stay.dead))
-        if begins != ends:
-            if stay.born is None:
-                raise NotAlike("an argument of the network is no longer kept after a block")
-            if begins and regions[stay.dead.region].of is None:
-                continue  # its own, until the end of all blocks
-            group = regions[stay.born.region].name
-            (leave if begins else enter).setdefault((group, stay.size), []).append(stay)
-        elif not begins:
-            kept.append(stay)
-    if {key: len(group) for key, group in enter.items()} != {key: len(group) for key, group in leave.items()}:
+    inside = np.array([region.of == block for region in regions])
+    between = np.array([region.of is not None for region in regions])
+    kind = np.unique([region.name for region in regions], return_inverse=True)[1]
+    begins, ends = inside[stays[:, BORN]], inside[stays[:, DEAD]]
+    enter = stays[~begins & ends]
+    leave = stays[begins & ~ends & between[stays[:, DEAD]]]  # others are its own until the end of all blocks
+    groups = [np.stack([kind[some[:, BORN]], some[:, SIZE]]) for some in (enter, leave)]
+    orders = [np.lexsort(group) for group in groups]
+    if not np.array_equal(*(group[:, order] for group, order in zip(groups, orders))):
         raise NotAlike("a block keeps something else than the one before it")
-    for key, group in enter.items():
-        kept += [replace(stay, dead=last.dead) for stay, last in zip(group, leave[key])]
-    regions = [
-        Region(region.name, region.of) if number in left_out else region for number, region in enumerate(regions)
-    ]
-    return regions, kept
+    enter = enter[orders[0]]
+    enter[:, DEAD:] = leave[orders[1]][:, DEAD:]
+    stays = np.concatenate([stays[~begins & ~ends], enter])
+    stays = stays[np.lexsort((stays[:, LOOK], stays[:, BORN]))]
+    regions = [Region(region.name, region.of) if gone else region for region, gone in zip(regions, inside)]
+    return regions, stays
