@@ -138,6 +138,22 @@ def test_ghosts_are_like_fake_tensors(name):
 def test_what_needs_values_says_so():
     with pytest.raises(Exception, match="_local_scalar_dense"):
         ghosts.empty((1,)).item()
+    with ghosts.RememberedOnMeta(), pytest.raises(RuntimeError, match="meta tensor"):
+        torch.ones(1, device="meta").item()
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"beside real tensors"}))
+def test_what_is_remembered_on_the_meta_device_is_what_it_tells(name):
+    """Shapes, strides and dtypes; a network's call asks for no more there."""
+
+    def forms():
+        made = [torch.empty(4, 6, device="meta"), torch.empty(4, 6, device="meta")]
+        made += OPERATIONS[name](*made)
+        return [(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device) for tensor in made]
+
+    told = forms()
+    with ghosts.RememberedOnMeta():
+        assert forms() == forms() == told
 
 
 def plan(memory=1e12, teacher="stable_diffusion_3", **settings):

@@ -9,6 +9,7 @@ What an operation returns, in shapes and in what shares memory with what, depend
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 
@@ -210,3 +211,35 @@ def _changed(func, args, kwargs, tensors):
 def seen(tensor: Ghost) -> Ghost:
     """`tensor`, as an operation has made it, for those who watch what operations return."""
     return tensor.detach()
+
+
+class RememberedOnMeta(TorchDispatchMode):
+    """Operations on the meta device return what they returned before: there, much of PyTorch tells it in Python.
+
+    What should be a view is a tensor of its own, which only those who look at shapes can do with.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[tuple, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, key, tensors = kwargs or {}, [func], []
+        try:
+            _look_at(args, key, tensors)
+            _look_at(kwargs.items(), key, tensors)
+        except TypeError:
+            return func(*args, **kwargs)
+        if not tensors or func._schema.is_mutable or not all(tensor.is_meta for tensor in tensors):
+            return func(*args, **kwargs)
+        if (key := tuple(key)) not in self.known:
+            output = func(*args, **kwargs)
+            if not isinstance(output, torch.Tensor) or not output.is_meta:
+                return output
+            self.known[key] = form_of(output)
+        shape, stride, _, dtype = self.known[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False

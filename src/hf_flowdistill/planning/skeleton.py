@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.loading import check_not_quantized, read_index
+from hf_flowdistill.planning.ghosts import RememberedOnMeta
 from hf_flowdistill.teachers.watch import (
     call_arguments,
     check_flow_matching,
@@ -214,6 +215,9 @@ class _Watch:
         transformer.register_forward_hook(after)
 
 
+_REMEMBERED = RememberedOnMeta()
+
+
 def _stop(module, args):
     raise NotImplementedError
 
@@ -231,7 +235,8 @@ def _zeros_from_meta(function, note):
             kwargs["attention_mask"] = mask.bool()[:, None, None].expand(-1, -1, mask.shape[1], -1)
         note(args, kwargs)
         try:
-            output = function(*args, **kwargs)
+            with _REMEMBERED:
+                output = function(*args, **kwargs)
         except RuntimeError as error:
             if any(sign in str(error) for sign in NO_VALUES):
                 raise NotImplementedError(first_line(error)) from error
