@@ -22,8 +22,9 @@ from training_helpers import script_arguments as arguments
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.planning import fit as fit_module
+from hf_flowdistill.planning.cases import SHARDING_PLANS, stage_of
 from hf_flowdistill.planning.choices import CHECKPOINTING, SHARE
-from hf_flowdistill.planning.fit import SHARDINGS, _first_that_fits, _measure, _stage_of, fit
+from hf_flowdistill.planning.fit import _first_that_fits, _measure, fit
 from hf_flowdistill.training.fit_arguments import settle
 from hf_flowdistill.training.fsdp_config import not_honoured, take_fsdp_config
 from hf_flowdistill.training.recipes import parse_with_recipe
@@ -186,6 +187,8 @@ def test_numbers_of_an_update():
         settle(args, 2)
 
 
+# kind -> --sharding and --cpu_offload
+SHARDINGS = {kind: ("full" if shards else "none", offloaded) for kind, (shards, offloaded) in SHARDING_PLANS.items()}
 NEEDED = {"none": 100, "full": 50, "full, offloaded": 20}
 ADAPTED = {("full", "none"): 1, ("lora_fake", "none"): 0.8, ("lora", "none"): 0.2, ("lora", "nf4"): 0.1}
 
@@ -199,7 +202,7 @@ def stand_in_rehearsal(monkeypatch):
         return whole * ADAPTED[args.networks, args.base_quantization] * (1 if args.weight_dtype == "float32" else 0.7)
 
     monkeypatch.setattr(fit_module, "_measure", measure)
-    monkeypatch.setattr(fit_module, "_stage_of", lambda args: None)
+    monkeypatch.setattr(fit_module, "stage_of", lambda args: None)
     return measure
 
 
@@ -275,7 +278,7 @@ def test_where_whole_networks_do_not_fit_loras_are_named_or_taken(stand_in_rehea
 
 def test_the_layout_changes_no_parameter(tmp_path):
     """By the script: memory for everything, for checkpointed networks on one process, and for shards on two."""
-    stage = _stage_of(tiny())
+    stage = stage_of(tiny())
     checkpointed = _measure(stage, tiny(), 1, 1e9, "none", CHECKPOINTING["generator, fake score"], 1)
     shards = _measure(stage, tiny(), 2, 1e9, "full", (), 1)
     layouts = {  # name -> bytes, and what they are enough for

@@ -22,14 +22,11 @@ from hf_flowdistill.cli import (
 from hf_flowdistill.data.prompts import read_prompts
 from hf_flowdistill.errors import UserError, exit_on_user_error, first_line
 from hf_flowdistill.networks.arguments import add_device_argument, check_device
+from hf_flowdistill.training.ignored import SQUARE
 
 
 IGNORED = (  # as of `ArgumentParser.refuse`
-    (
-        "resolution",
-        lambda args: args.height and args.width,
-        "is height and width of square images: leave it out where --height and --width are given.",
-    ),
+    SQUARE,
     (
         "revision",
         lambda args: Path(args.pretrained_model_name_or_path or "nowhere").is_dir(),

@@ -10,10 +10,7 @@ from hf_flowdistill.data.prompts import CAPTION_COLUMN, read_dataset, read_promp
 from hf_flowdistill.errors import UserError, first_line
 
 
-DATASET, DATASET_COLUMN = (
-    "brivangl/midjourney-v6-llava",
-    "llava",
-)  # the paper's, by default
+DATASET, DATASET_COLUMN = "brivangl/midjourney-v6-llava", "llava"  # the paper's, by default
 PROMPTS_PER_PART = 4096
 
 DEFAULTS = {  # here, since a run without images has none of them
@@ -61,8 +58,8 @@ def check_prompt_arguments(args) -> None:
     if args.prompts_per_part and args.prompt_file:
         raise UserError("--prompts_per_part is of a dataset: give --dataset_name, or leave it out.")
     if not args.prompt_file and not args.dataset_name and not getattr(args, "adversarial", False):
-        own = Path(args.pretrained_model_name_or_path or "", "prompts.txt")
-        if own.is_file() and args.pretrained_model_name_or_path:
+        own = Path(args.pretrained_model_name_or_path, "prompts.txt")
+        if own.is_file():
             args.prompt_file = str(own)
         else:
             args.dataset_name, args.caption_column = DATASET, DATASET_COLUMN

@@ -8,6 +8,7 @@ No torch, which takes seconds to import.
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 from hf_flowdistill.errors import UserError
@@ -15,6 +16,7 @@ from hf_flowdistill.errors import UserError
 
 INDEX_FILE = "index.json"
 LOCK_FILE = ".lock"
+PART = re.compile(r"part-\d{10}")  # the name of a part's folder
 UNFINISHED = re.compile(r"unfinished-(\d+|index)\.tmp|\.tmp[A-Za-z0-9]{6}")  # as safetensors names it, before renaming
 
 
@@ -44,6 +46,18 @@ def checksum(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def part_folder(root: Path, number: int) -> Path:
+    """Where a cache has the part of this number."""
+    return root / f"part-{number:010}"
+
+
+def delete_other_parts(kept: Path) -> None:
+    """Delete the folders of all parts but `kept`."""
+    for path in list(kept.parent.iterdir()):
+        if PART.fullmatch(path.name) and path.is_dir() and path != kept:
+            shutil.rmtree(path)
 
 
 def unfinished_name(name: str) -> str:

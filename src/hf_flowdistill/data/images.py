@@ -27,8 +27,6 @@ import functools
 import json
 import logging
 import math
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_flowdistill.data.files import delete_other_parts, part_folder
 from hf_flowdistill.data.image_dataset import ImageDataset
 from hf_flowdistill.data.image_shards import ImageShards, Shard
 from hf_flowdistill.data.shards import LOCK_FILE, claim, clear_unfinished, one_run_at_a_time
@@ -51,7 +50,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 64  # what a crash can cost each process; a multiple of `image_shards.IMAGES_PER_BATCH`
 SHARDS_PER_ROUND = 8  # of each process, between two looks at what all have written
 SKIPPED_FILE = "skipped.jsonl"
-PART = re.compile(r"part-\d{10}")  # the name of a part's folder
 
 
 class ImagePairs:
@@ -115,7 +113,7 @@ class ImagePairs:
 
     @property
     def folder(self) -> Path:
-        return self._root / f"part-{self.state['row']:010}"
+        return part_folder(self._root, self.state["row"])
 
     def is_over(self, position: int) -> bool:
         """Whether the image at `position` is of a later part than the current one. All the data never ends."""
@@ -192,9 +190,8 @@ class ImagePairs:
                 self._tell_changed(shards)
                 for path in {shard.path for shard in found.values()} - {shard.path for shard in shards}:
                     path.unlink()  # empty, written by a process that did not know yet that the data ends before
-                for path in list(self._root.iterdir()) if self._images_per_part else ():
-                    if PART.fullmatch(path.name) and path.is_dir() and path != self.folder:
-                        shutil.rmtree(path)
+                if self._images_per_part:
+                    delete_other_parts(self.folder)
         self.captions = [caption for shard in shards for caption in shard.captions]
         kept = sum(len(shard.captions) for shard in shards if shard.path in {one.path for one in before.values()})
         if self._rank == 0 and kept:

@@ -8,12 +8,10 @@ dataset ends, a part goes on with its beginning, so that all have equally many.
 
 import json
 import logging
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_flowdistill.data.files import replace_text
+from hf_flowdistill.data.files import delete_other_parts, part_folder, replace_text
 from hf_flowdistill.data.prompts import captions_of, open_captions
 from hf_flowdistill.errors import UserError, first_line
 
@@ -21,7 +19,6 @@ from hf_flowdistill.errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 PROMPTS_FILE = "prompts.json"
-PART = re.compile(r"part-\d{10}")  # the name of a part's folder
 
 
 class PromptParts:
@@ -33,10 +30,7 @@ class PromptParts:
         captions: the prompts of the current part.
         folder: of the current part, deleted with it; their conditioning can be kept inside.
         identity: of the dataset, as JSON.
-        state: JSON that a checkpoint has to keep; the part follows from the images seen.
     """
-
-    state: dict = {}
 
     def __init__(
         self,
@@ -86,20 +80,20 @@ class PromptParts:
             raise UserError(f"{self.folder} was not written: --output_dir must be a folder that all processes share.")
         self.captions = kept["prompts"]
         if self._is_main:
-            for path in self._root.iterdir():
-                if PART.fullmatch(path.name) and path != self.folder:
-                    shutil.rmtree(path)
+            delete_other_parts(self.folder)
 
     def _folder(self, number: int) -> Path:
-        return self._root / f"part-{number:010}"
+        return part_folder(self._root, number)
 
     def _make(self, number: int) -> None:
         """Read the part from the stream, after the last one before it that is on the disk."""
         if (kept := _read(self._folder(number))) is not None:
             logger.info(f"{len(kept['prompts'])} prompts are read from {self._folder(number)}")
             return
-        before = [n for n in range(number - 1, -1, -1) if self._folder(n).is_dir() and _read(self._folder(n))]
-        first, state = (before[0] + 1, _read(self._folder(before[0]))["state"]) if before else (0, None)
+        first = number
+        while first and (kept := _read(self._folder(first - 1))) is None:
+            first -= 1
+        state = kept["state"] if first else None
         for _ in range(first, number + 1):
             prompts, state = read_part(*self.identity, self._prompts_per_part, state)
         folder = self._folder(number)
@@ -114,7 +108,7 @@ def read_part(
     """The next `count` prompts of a dataset, and where its stream is then; `state` is where it was, or None."""
     prompts: list[str] = []
     try:
-        while len(prompts) < count:
+        while True:
             rows = open_captions(name, config, caption_column)
             if state is not None:
                 rows.load_state_dict(state)
@@ -130,7 +124,6 @@ def read_part(
         raise
     except Exception as error:  # of the many kinds that files, archives and the Hub have
         raise UserError(f"the dataset {name} cannot be read: {first_line(error)}") from error
-    return prompts, {}
 
 
 def _read(folder: Path) -> dict | None:

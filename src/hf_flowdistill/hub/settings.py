@@ -1,9 +1,10 @@
 # Copyright 2026 The hf_flowdistill authors.
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What the export notes of a student, in its training_args.json."""
+"""What the export notes of a student, in its training_args.json, and how such files are read."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hf_flowdistill.errors import UserError
 
@@ -13,21 +14,26 @@ SETTINGS_FILE = "training_args.json"
 
 def read_settings(path, *, revision=None, cache_dir=None) -> dict | None:
     """What the export wrote into training_args.json of a student's folder or Hub repository; None if there is none."""
-    file = Path(path) / SETTINGS_FILE
+    settings = read_json(path, SETTINGS_FILE, revision=revision, cache_dir=cache_dir)
+    ours = isinstance(settings, dict) and str(settings.get("exported_by", "")).startswith("hf_flowdistill")
+    return settings if ours else None
+
+
+def read_json(path, name: str, *, revision=None, cache_dir=None) -> Any:
+    """What stands in the JSON file `name` of a folder or Hub repository; None if there is none that can be read."""
+    file = Path(path) / name
     if not Path(path).exists():
         from huggingface_hub import hf_hub_download  # here, since a folder needs no client
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            file = Path(hf_hub_download(str(path), SETTINGS_FILE, revision=revision, cache_dir=cache_dir))
+            file = Path(hf_hub_download(str(path), name, revision=revision, cache_dir=cache_dir))
         except (EntryNotFoundError, OSError, ValueError):  # Loading the pipeline will say what is wrong.
             return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = isinstance(settings, dict) and str(settings.get("exported_by", "")).startswith("hf_flowdistill")
-    return settings if ours else None
 
 
 def write_settings(folder, settings: dict) -> None:

@@ -29,7 +29,7 @@ from hf_flowdistill.methods.freeflow_turns import (
     jump_to_end,
 )
 from hf_flowdistill.methods.method import Method, Samples, Update
-from hf_flowdistill.methods.reference import measure_teacher
+from hf_flowdistill.methods.reference import measure_on_samples
 from hf_flowdistill.methods.sid import choose_guidance
 from hf_flowdistill.networks.adapters import merged
 from hf_flowdistill.networks.flow_map import GUIDANCE, JUMP, attach, folded
@@ -94,7 +94,7 @@ class FreeFlow(Method):
 
     def measure(self, networks: Networks, samples: Samples) -> dict[str, float]:
         """The teacher's own latents as the student's are meant to be, and its own loss on them: `measure_teacher`."""
-        contract, levels = samples.size.contract, range(8)
+        contract = samples.size.contract
         if self.config.derivative == "jvp":
             first = replace(samples, indices=samples.indices[:1])
             conditional = first.conditional("reference").with_embedded_guidance(1.0)
@@ -102,14 +102,11 @@ class FreeFlow(Method):
         scale = functools.partial(contract.guided_velocity, networks.teacher, mode=self.config.guidance_mode)
         if self.args.correction_share == 0:
             return {}
-        return measure_teacher(
+        return measure_on_samples(
             functools.partial(scale, scale=self.args.student_guidance_scale),
             functools.partial(scale, scale=1.0),
-            samples.noise("reference"),
-            [self.draw_sigma(samples, f"reference sigma {i}") for i in levels],
-            [samples.noise(f"reference noise {i}") for i in levels],
-            samples.conditional("reference"),
-            samples.size.unconditional,
+            samples,
+            self.draw_sigma,
             batch_size=self.args.train_batch_size,
         )
 

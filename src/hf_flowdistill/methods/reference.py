@@ -8,6 +8,20 @@ from hf_flowdistill.flow import add_noise
 from hf_flowdistill.losses.sid import fake_score_loss, x0_statistics
 
 
+def measure_on_samples(sample, regress, samples, draw_sigma, *, batch_size: int) -> dict[str, float]:
+    """`measure_teacher` on the reference noise and prompts of `samples`, at eight noise levels of `draw_sigma`."""
+    return measure_teacher(
+        sample,
+        regress,
+        samples.noise("reference"),
+        [draw_sigma(samples, f"reference sigma {i}") for i in range(8)],
+        [samples.noise(f"reference noise {i}") for i in range(8)],
+        samples.conditional("reference"),
+        samples.size.unconditional,
+        batch_size=batch_size,
+    )
+
+
 @torch.no_grad()
 def measure_teacher(sample, regress, noise, sigmas, noises, conditional, unconditional, *, batch_size, num_steps=20):
     """What the generator is shown beside: statistics of latents that the teacher makes itself, and its loss on them.

@@ -17,7 +17,7 @@ from hf_flowdistill.flow.draws import draw_k
 from hf_flowdistill.flow.timesteps import sigma_from_normal
 from hf_flowdistill.losses.sid import fake_score_loss, sid_generator_loss
 from hf_flowdistill.methods.method import Method, Samples, Update, generate_x0
-from hf_flowdistill.methods.reference import measure_teacher
+from hf_flowdistill.methods.reference import measure_on_samples
 from hf_flowdistill.methods.sid_arguments import check_negative_prompt
 from hf_flowdistill.networks.roles import Networks
 
@@ -208,16 +208,13 @@ class SiD(Method):
 
     def measure(self, networks: Networks, samples: Samples) -> dict[str, float]:
         """The teacher's own latents, and its own loss on them: see `measure_teacher`."""
-        config, levels = self.config, range(8)
+        config = self.config
         velocity = functools.partial(samples.size.contract.guided_velocity, networks.teacher)
-        return measure_teacher(
+        return measure_on_samples(
             functools.partial(velocity, scale=config.teacher_guidance_scale, mode=config.guidance_mode),
             functools.partial(velocity, scale=config.fake_train_guidance_scale, mode=config.fake_guidance_mode),
-            samples.noise("reference"),
-            [self.draw_sigma(samples, f"reference sigma {i}") for i in levels],
-            [samples.noise(f"reference noise {i}") for i in levels],
-            samples.conditional("reference"),
-            samples.size.unconditional,
+            samples,
+            self.draw_sigma,
             batch_size=self.args.train_batch_size,
         )
 

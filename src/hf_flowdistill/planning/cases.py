@@ -3,6 +3,7 @@
 """One way of training a teacher, and the memory that it takes on one process: while it trains and before."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from hf_flowdistill.errors import UserError
 from hf_flowdistill.methods.sid import SCALES, SiDConfig, check_unguided
 from hf_flowdistill.networks.blocks import sharding_units
 from hf_flowdistill.networks.quantized_sizes import Adam8bitSizes
-from hf_flowdistill.networks.roles import Networks, RoleSettings
+from hf_flowdistill.networks.roles import Networks, RoleSettings, role_settings
 from hf_flowdistill.planning.few_blocks import rehearse_blocks, shortened
 from hf_flowdistill.planning.memory_tracker import Peak
 from hf_flowdistill.planning.rehearsal import BUFFERS, LORA, embeds_guidance, rehearse, stand_in_contract
@@ -24,6 +25,7 @@ from hf_flowdistill.planning.startup import Start, measure_start
 from hf_flowdistill.planning.traces import NotAlike
 from hf_flowdistill.teachers.contract import Contract
 from hf_flowdistill.teachers.watch import can_be_guided
+from hf_flowdistill.training.arguments import image_sizes_of, origin_of
 from hf_flowdistill.training.ema import EMA
 from hf_flowdistill.training.optimizers import ROUNDINGS, build_optimizer
 
@@ -154,12 +156,15 @@ class Case:
             self.build_optimizer,
             batch_size=self.batch_size,
             config=stage.config,
-            autocast=functools.partial(
-                torch.autocast, "cpu", torch.bfloat16, enabled=self.precision.autocast, cache_enabled=self.cached
-            ),
+            autocast=self.autocast,
             share_rollout=self.share_rollout,
             views=views,
         )
+
+    def autocast(self):
+        """A context in which networks run forward."""
+        enabled = self.precision.autocast
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=self.cached)
 
     def build_optimizer(self, network):
         if self.use_8bit_adam:
@@ -172,6 +177,32 @@ class Case:
         largest, size = max(sizes.units, default=0), self.precision.dtype.itemsize
         weights = (sizes.parameters - sum(sizes.units) + 2 * largest) * size
         return weights if self.roles.networks == "lora" else weights + largest * (size + 4)
+
+
+def stage_of(args) -> Stage:
+    """The teacher that a script's arguments name, at its largest size."""
+    return Stage.of(args.pretrained_model_name_or_path, **stage_settings(args))
+
+
+def stage_settings(args) -> dict:
+    """What `Stage.of` takes by name, of a script's arguments."""
+    height, width = max(image_sizes_of(args), key=math.prod)
+    guidance = {name: value for name, value in vars(args).items() if "guidance_" in name}
+    size = {"height": height, "width": width}
+    return {**size, "guidance": guidance, "pipeline_kwargs": args.pipeline_kwargs, **origin_of(args)}
+
+
+def case_of(args, *, autocast: bool) -> Case:
+    """What a script's arguments, with their layout, are a case of."""
+    return Case(
+        role_settings(args),
+        Precision(getattr(torch, args.weight_dtype), autocast, args.bf16_rounding or ROUNDINGS[0]),
+        tuple(args.gradient_checkpointing or ()),
+        args.train_batch_size,
+        cached=args.sharding == "none",
+        share_rollout=getattr(args, "share_rollout", False),  # not every method has it
+        use_8bit_adam=args.use_8bit_adam,
+    )
 
 
 def _shares(gpus: int, plan: ShardingPlan, where: str) -> Callable[[str], float]:

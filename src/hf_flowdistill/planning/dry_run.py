@@ -11,12 +11,12 @@ import torch
 
 from hf_flowdistill.errors import UserError, first_line
 from hf_flowdistill.networks.roles import role_settings
-from hf_flowdistill.planning.cases import Case, Precision, Stage
+from hf_flowdistill.planning.cases import Case, Stage, case_of, stage_settings
 from hf_flowdistill.planning.describe import describe_memory, describe_networks, describe_roles, describe_shapes
 from hf_flowdistill.planning.rehearsal import BUFFERS, joined
 from hf_flowdistill.planning.sizes import dtype_name
 from hf_flowdistill.planning.skeleton import load_skeleton, measure_shapes
-from hf_flowdistill.training.names import ROUNDINGS
+from hf_flowdistill.training.arguments import image_sizes_of, origin_of
 from hf_flowdistill.training.recipes import paper_time
 from hf_flowdistill.training.sharding import count_shards
 
@@ -36,27 +36,11 @@ def print_plan(args, prompts: Sequence[str], accelerator, chosen: Sequence[str],
         UserError: as `load_skeleton`, `measure_shapes`, `linear_layers` and `Stage.of`.
     """
     processes, roles = args.dry_run or accelerator.num_processes, role_settings(args)
-    path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    calls = {"pipeline_kwargs": args.pipeline_kwargs, **origin}
-    sizes = args.aspect_ratio_buckets or [(args.height, args.width)]
-    height, width = max(sizes, key=math.prod)
+    path, sizes, origin = args.pretrained_model_name_or_path, image_sizes_of(args), origin_of(args)
     shards = count_shards(args.sharding, processes)
-    case = Case(
-        roles,
-        Precision(
-            getattr(torch, args.weight_dtype),
-            accelerator.mixed_precision == "bf16",
-            args.bf16_rounding or ROUNDINGS[0],
-        ),
-        tuple(args.gradient_checkpointing or ()),
-        args.train_batch_size,
-        cached=args.sharding == "none",
-        share_rollout=getattr(args, "share_rollout", False),  # not every method has these two
-        use_8bit_adam=args.use_8bit_adam,
-    )
-    guidance = {name: value for name, value in vars(args).items() if "guidance_" in name}
+    case = case_of(args, autocast=accelerator.mixed_precision == "bf16")
     kind = "none" if args.sharding == "none" else "full, offloaded" if args.cpu_offload else "full"
-    peak = describe_peak(path, case, shards, kind, height=height, width=width, guidance=guidance, **calls)
+    peak = describe_peak(path, case, shards, kind, **stage_settings(args))
     if getattr(args, "adversarial", False):
         peak.append("not in it: the pass of the real images, half of the fake score's activations again")
     skeleton = load_skeleton(path, **origin)
@@ -68,7 +52,7 @@ def print_plan(args, prompts: Sequence[str], accelerator, chosen: Sequence[str],
         f"pipeline: {type(skeleton).__name__}",
         f"transformer: {type(skeleton.transformer).__name__}",
         *describe_networks(skeleton),
-        *describe_sizes(path, sizes, *number_of(args, prompts), **calls),
+        *describe_sizes(path, sizes, *number_of(args, prompts), pipeline_kwargs=args.pipeline_kwargs, **origin),
         *describe_roles(skeleton.transformer, roles),
         describe_precision(case),
         *describe_memory(skeleton.transformer, case.precision.dtype, roles, shards, args.cpu_offload, **settings),

@@ -9,8 +9,6 @@ with one image at a time is taken, with the largest micro-batch that fits then.
 """
 
 import functools
-import math
-import os
 import shlex
 import sys
 from argparse import Namespace
@@ -21,18 +19,17 @@ import torch
 
 from hf_flowdistill.errors import UserError
 from hf_flowdistill.networks.arguments import LORA_LEARNING_RATE
-from hf_flowdistill.networks.roles import ROLES, RoleSettings, role_settings
-from hf_flowdistill.planning.cases import Case, Precision, Stage
+from hf_flowdistill.networks.roles import ROLES, RoleSettings
+from hf_flowdistill.planning.cases import SHARDING_PLANS, Stage, case_of, stage_of
 from hf_flowdistill.planning.choices import CHECKPOINTING, SHARE
-from hf_flowdistill.training.arguments import image_sizes_of, origin_of
 from hf_flowdistill.training.distributed import on_main, together
-from hf_flowdistill.training.fit_arguments import IMAGES_PER_UPDATE, settle
+from hf_flowdistill.training.fit_arguments import parts_of, settle, share_of
 from hf_flowdistill.training.names import ROUNDINGS
+from hf_flowdistill.training.recipes import launched_precision
 from hf_flowdistill.training.sharding import count_shards
 
 
 LARGEST_MICRO_BATCH = 16  # the paper's
-SHARDINGS = {"none": ("none", False), "full": ("full", False), "full, offloaded": ("full", True)}  # -> the arguments
 ADAPTERS = (  # what whole networks that do not fit are exchanged for, in this order
     {"networks": "lora_fake", "base_quantization": "none", "bf16_rounding": ROUNDINGS[0]},
     {"networks": "lora", "base_quantization": "none", "bf16_rounding": None},
@@ -95,7 +92,7 @@ def free_memory(args, device) -> float | None:
 def _choose(candidates, words, processes: int, memory: float) -> tuple[Namespace | None, list[str], str | None]:
     """The arguments that fit, and the lines that tell them; or what to say where none do."""
     try:
-        stage = _stage_of(candidates[0])
+        stage = stage_of(candidates[0])
         way = _first_that_fits(stage, candidates, processes, memory)
         adapted = []
         if way is None and candidates[0].networks == "full":
@@ -114,19 +111,6 @@ def _choose(candidates, words, processes: int, memory: float) -> tuple[Namespace
     )
 
 
-def _stage_of(args) -> Stage:
-    height, width = max(image_sizes_of(args), key=math.prod)
-    guidance = {name: value for name, value in vars(args).items() if "guidance_" in name}
-    return Stage.of(
-        args.pretrained_model_name_or_path,
-        height=height,
-        width=width,
-        guidance=guidance,
-        pipeline_kwargs=args.pipeline_kwargs,
-        **origin_of(args),
-    )
-
-
 def _first_that_fits(stage: Stage, candidates, processes: int, memory: float) -> Way | None:
     """The first of all ways that fits with the smallest micro-batch, with the largest that fits then."""
     for args, kind, checkpointed in _ways(candidates, processes):
@@ -137,35 +121,36 @@ def _first_that_fits(stage: Stage, candidates, processes: int, memory: float) ->
         peaks = ((size, measure(size)) for size in (largest, *smaller))
         found = next(((size, peak) for size, peak in peaks if peak <= SHARE * memory), None)
         if found is not None:
-            sharding, offloaded = SHARDINGS[kind]
-            chosen = {"sharding": args.sharding or sharding, "cpu_offload": offloaded, "train_batch_size": found[0]}
-            return Way(Namespace(**vars(args) | chosen | {"gradient_checkpointing": list(checkpointed)}), found[1])
+            size, peak = found
+            return Way(laid_out(args, kind, checkpointed, size), peak)
     return None
 
 
 def _ways(candidates, processes: int) -> Iterator[tuple[Namespace, str, tuple[str, ...]]]:
-    """Arguments, a key of `SHARDINGS` and the checkpointed networks, in the order of the time that they cost."""
+    """Arguments, a key of `SHARDING_PLANS` and the checkpointed networks, in the order of the time that they cost."""
     for offloaded in (False, True):
         for args in candidates:
             given = args.gradient_checkpointing
             checkpointed = reversed(CHECKPOINTING.values()) if given is None else [tuple(given or ())]
             for names in checkpointed:
                 yield from (
-                    (args, kind, names) for kind in _shardings(args, processes) if SHARDINGS[kind][1] is offloaded
+                    (args, kind, names)
+                    for kind in _shardings(args, processes)
+                    if SHARDING_PLANS[kind].offloaded is offloaded
                 )
 
 
 def _shardings(args, processes: int) -> list[str]:
-    """Keys of `SHARDINGS` that the arguments leave open. On one process a shard is all, so it is for offloading."""
+    """Keys of `SHARDING_PLANS` that are left open; on one process a shard is all, so it is for offloading."""
     whole = args.use_8bit_adam or args.base_quantization != "none"  # bitsandbytes takes no shards
     return [
         kind
-        for kind, (sharding, offloaded) in SHARDINGS.items()
-        if args.sharding in (None, sharding) or (args.sharding == "hybrid" and sharding == "full")
+        for kind, (shards, offloaded) in SHARDING_PLANS.items()
+        if args.sharding is None or (args.sharding != "none") is shards
         if args.cpu_offload in (None, offloaded)
         if not (offloaded and args.networks == "lora")
-        if sharding == "none" or not whole
-        if sharding == "none" or offloaded or processes > 1 or args.sharding
+        if not shards or not whole
+        if not shards or offloaded or processes > 1 or args.sharding
     ]
 
 
@@ -173,29 +158,28 @@ def _micro_batches(args, processes: int) -> list[int]:
     """Values of --train_batch_size that make the images per update, largest first."""
     if args.train_batch_size is not None:
         return [args.train_batch_size]
-    share = max(1, round((args.images_per_update or IMAGES_PER_UPDATE) / processes))
+    share = share_of(args, processes)
     if args.gradient_accumulation_steps is not None:
-        return [max(1, round(share / args.gradient_accumulation_steps))]
+        return [parts_of(share, args.gradient_accumulation_steps)]
     return [size for size in range(min(share, LARGEST_MICRO_BATCH), 0, -1) if share % size == 0]
 
 
 def _measure(stage: Stage, args, processes: int, memory: float, kind: str, checkpointed, batch_size: int) -> float:
     """Bytes of a process on its accelerator, at the most."""
-    autocast = (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "bf16"
-    case = Case(
-        role_settings(args),
-        Precision(getattr(torch, args.weight_dtype), autocast, args.bf16_rounding or ROUNDINGS[0]),
-        checkpointed,
-        batch_size,
-        cached=kind == "none",
-        share_rollout=getattr(args, "share_rollout", False),  # not every method has these two
-        use_8bit_adam=args.use_8bit_adam,
-    )
-    sharding = "full" if args.sharding is None and kind != "none" else args.sharding or "none"
-    ((peak, start, _),) = case.memory(stage, count_shards(sharding, processes), [kind])
+    args = laid_out(args, kind, checkpointed, batch_size)
+    case = case_of(args, autocast=launched_precision(args) == "bf16")
+    ((peak, start, _),) = case.memory(stage, count_shards(args.sharding, processes), [kind])
     # the pass of the real images, half of the fake score's activations again, is not rehearsed
     more = peak.components.get("activations", 0) / 2 if getattr(args, "adversarial", False) else 0
     return max(peak.bytes + more, start.bytes(memory))
+
+
+def laid_out(args, kind: str, checkpointed, batch_size: int) -> Namespace:
+    """The arguments with a layout: a key of `SHARDING_PLANS`, checkpointed networks, images of a micro-batch."""
+    shards, offloaded = SHARDING_PLANS[kind]
+    sharding = args.sharding or ("full" if shards else "none")
+    chosen = {"sharding": sharding, "cpu_offload": offloaded, "train_batch_size": batch_size}
+    return Namespace(**vars(args) | chosen | {"gradient_checkpointing": list(checkpointed)})
 
 
 def _adapted(args, more: dict) -> Namespace:

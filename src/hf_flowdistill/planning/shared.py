@@ -3,9 +3,7 @@
 """Rehearsals of one teacher that share what they have in common: the same peaks as those of `rehearsal.rehearse`."""
 
 import contextlib
-import functools
 import gc
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -80,7 +78,6 @@ class Rehearsals:
         dtypes = {role: self._actor(case, role).input_dtype for role in ROLES}
         precision = case.precision
         key = *dtypes.values(), precision.autocast, case.batch_size, case.share_rollout
-        autocast = _autocast(case)
 
         def find(asked):
             if (known := self.calls.get(self._kind(case, asked))) is None:
@@ -99,7 +96,7 @@ class Rehearsals:
                     self.contract,
                     self.config,
                     batch_size=case.batch_size,
-                    autocast=autocast,
+                    autocast=case.autocast,
                     share_rollout=case.share_rollout,
                 )
                 self.frames.setdefault(key, []).append(frame)
@@ -111,7 +108,7 @@ class Rehearsals:
         _, _, plain, trained, checkpointed, *_ = kind = self._kind(case, asked)
         actor = self._actor(case, asked.role)
         with actor.ready(plain, trained, checkpointed) as network:
-            call = record(network, asked.given, asked.grad, _autocast(case), asked.gradients, actor)
+            call = record(network, asked.given, asked.grad, case.autocast, asked.gradients, actor)
         self.calls[kind] = self.calls[(*kind[:-1], call.forms)] = call
 
     def _kind(self, case, asked: Asked) -> tuple:
@@ -197,8 +194,3 @@ def _is_role(case, role: str) -> bool:
 
 def _mark(case, role: str) -> str:
     return LORA if _is_role(case, role) else ""
-
-
-def _autocast(case) -> Callable:
-    enabled, cached = case.precision.autocast, case.cached
-    return functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=enabled, cache_enabled=cached)

@@ -81,10 +81,8 @@ def check_layout_arguments(args) -> None:
     take_fsdp_config(args)
     if args.gradient_checkpointing == []:
         args.gradient_checkpointing = list(ROLES)
-    if (
-        args.cpu_offload
-        and (args.sharding or ("none" if getattr(args, "fit", "none") == "none" else "full")) == "none"
-    ):
+    fits = getattr(args, "fit", "none") != "none"  # not every script has it
+    if args.cpu_offload and (args.sharding == "none" or (args.sharding is None and not fits)):
         raise UserError("--cpu_offload is of sharded networks: give --sharding full too, also on one process.")
     if args.cpu_offload and args.networks == "lora":
         raise UserError("--cpu_offload is of networks that are trained whole, which --networks lora has none of.")
@@ -92,6 +90,16 @@ def check_layout_arguments(args) -> None:
         raise UserError(
             "bitsandbytes takes no shards: leave out --use_8bit_adam and --base_quantization, or --sharding."
         )
+
+
+def share_of(args, processes: int) -> int:
+    """The images per update of one process, as near as can be."""
+    return parts_of(args.images_per_update or IMAGES_PER_UPDATE, processes)
+
+
+def parts_of(images: int, parts: int) -> int:
+    """How many images each of so many parts has, at least one."""
+    return max(1, round(images / parts))
 
 
 def settle(args, processes: int) -> None:
@@ -110,11 +118,11 @@ def settle(args, processes: int) -> None:
             f"--images_per_update is {wanted}, but {processes} processes x {accumulation} micro-batches x "
             f"{batch_size} images are another number: leave out one of the three."
         )
-    share = max(1, round((wanted or IMAGES_PER_UPDATE) / processes))  # of one process
+    share = share_of(args, processes)
     if batch_size is None:
-        batch_size = max(1, round(share / accumulation)) if accumulation else 2 - share % 2
+        batch_size = parts_of(share, accumulation) if accumulation else 2 - share % 2
     args.train_batch_size = batch_size
-    args.gradient_accumulation_steps = accumulation or max(1, round(share / batch_size))
+    args.gradient_accumulation_steps = accumulation or parts_of(share, batch_size)
     args.images_per_update = processes * args.gradient_accumulation_steps * args.train_batch_size
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from hf_flowdistill.training.trackers import RUN_NAMES
 
 
+SQUARE = (
+    "resolution",
+    lambda args: args.height and args.width,
+    "is height and width of square images: leave it out where --height and --width are given.",
+)
 TEACHER = (
     (
         "resolution",
         lambda args: args.aspect_ratio_buckets,
         "is one size: leave it out where there are --aspect_ratio_buckets.",
     ),
-    (
-        "resolution",
-        lambda args: args.height and args.width,
-        "is height and width of square images: leave it out where --height and --width are given.",
-    ),
+    SQUARE,
     (
         "revision",
         lambda args: Path(args.pretrained_model_name_or_path or "nowhere").is_dir(),

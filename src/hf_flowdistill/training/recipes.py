@@ -6,7 +6,6 @@ An argument is looked for on the command line, then in the file of --config, the
 defaults.
 """
 
-import json
 import math
 import os
 from argparse import Namespace
@@ -18,17 +17,16 @@ import yaml
 
 from hf_flowdistill.cli import say
 from hf_flowdistill.errors import UserError
+from hf_flowdistill.hub.settings import read_json
 from hf_flowdistill.training.arguments import RESOLUTION, origin_of
-from hf_flowdistill.training.folders import RUN_FILE
+from hf_flowdistill.training.folders import read_run
 
 
 TEACHERS_FILE = "teachers.yaml"
 EMPTY = {"timestep_scale": 1, "dual_attention_layers": []}  # what a configuration means by not having a name, or null
 AUTO, NONE = "auto", "none"
-LEFT_OUT = {  # lines of a recipe that are left out if one of the arguments is given, since they would contradict it
-    ("weight_dtype", "mixed_precision", "bf16_rounding"): ("weight_dtype", "mixed_precision", "bf16_rounding"),
-    ("resolution",): ("resolution", "height", "width", "aspect_ratio_buckets"),
-}
+PRECISION = ("weight_dtype", "mixed_precision", "bf16_rounding")  # arguments of it,
+SIZE = ("resolution", "height", "width", "aspect_ratio_buckets")  # and of the images'
 
 
 class Found(NamedTuple):
@@ -92,21 +90,22 @@ def parse_with_recipe(parser, input_args, check: Callable[[Namespace], None], fo
 
 def find_recipes(args, folder: Path) -> Found:
     """Which recipes are those of the arguments, as they were given."""
+    if args.recipe not in (AUTO, NONE):
+        return Found([args.recipe], "as asked for")
     if args.recipe == NONE:
         return Found([], "as asked for; the script's defaults hold", own_resolution(args))
-    if args.recipe != AUTO:
-        return Found([args.recipe], "as asked for")
     recorded = recorded_recipe(args)
     if recorded is not None:
         return Found([] if recorded == NONE else [recorded], "as the run that goes on has it", own_resolution(args))
     config = read_config(args, "transformer")
-    teachers = yaml.safe_load((folder / TEACHERS_FILE).read_text(encoding="utf-8"))
+    own = own_resolution(args, config)
+    teachers = _read(folder / TEACHERS_FILE)
     alike = [name for name, teacher in teachers.items() if is_alike(config, teacher["transformer"])]
     if not alike:
         kind = config.get("_class_name", "its transformer")
-        return Found([], f"since none is of {kind} of this size; the script's defaults hold", own_resolution(args))
+        return Found([], f"since none is of {kind} of this size; the script's defaults hold", own)
     recipes = {name: _read(folder / f"{name}.yaml") for teacher in alike for name in teachers[teacher]["recipes"]}
-    wanted = wanted_resolution(args) or own_resolution(args) or RESOLUTION
+    wanted = wanted_resolution(args) or own or RESOLUTION
     nearest = min((recipe["resolution"] for recipe in recipes.values()), key=lambda side: abs(side - wanted))
     names = [name for name, recipe in recipes.items() if recipe["resolution"] == nearest]
     asked = asked_precision(args)
@@ -127,7 +126,7 @@ def _named(name: str, folder: Path) -> Path:
 
 def paper_time(name: str, folder: Path) -> tuple[float, str] | None:
     """Seconds that the paper took for 1,000 images by the recipe, and on what; None if it says nothing."""
-    for teacher in yaml.safe_load((folder / TEACHERS_FILE).read_text(encoding="utf-8")).values():
+    for teacher in _read(folder / TEACHERS_FILE).values():
         if name in teacher["recipes"]:
             return teacher["recipes"][name], teacher["paper"]
     return None
@@ -142,34 +141,29 @@ def is_alike(config: dict, expected: dict) -> bool:
 
 def _value(config: dict, name: str):
     value = config.get(name)
-    value = list(value) if isinstance(value, tuple) else value
     return EMPTY.get(name) if value is None else value
 
 
 def read_config(args, component: str) -> dict:
     """The teacher's config.json of a component; empty if it cannot be read, which loading the teacher will tell."""
-    path, name = args.pretrained_model_name_or_path, f"{component}/config.json"
-    try:
-        file = Path(path) / name
-        if not Path(path).exists():
-            from huggingface_hub import hf_hub_download  # which no refusal has to wait for
-
-            file = Path(hf_hub_download(path, name, **origin_of(args)))
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except Exception:  # of the many kinds that disks, the network and the Hub have
-        return {}
+    config = read_json(args.pretrained_model_name_or_path, f"{component}/config.json", **origin_of(args))
     return config if isinstance(config, dict) else {}
 
 
-def own_resolution(args) -> int | None:
+def own_resolution(args, transformer: dict | None = None) -> int | None:
     """The height and width that the teacher was made for, in pixels, where its configuration tells them and the
-    arguments do not say another: the latents' size times what the VAE makes of them."""
+    arguments do not say another: the latents' size times what the VAE makes of them.
+
+    Args:
+        transformer: its configuration, if it was read already.
+    """
     if wanted_resolution(args) is not None:
         return None
-    side, vae = read_config(args, "transformer").get("sample_size"), None
-    if isinstance(side, int):
-        vae = read_config(args, "vae")
-    blocks = (vae or {}).get("encoder_block_out_channels") or (vae or {}).get("block_out_channels")
+    side = (read_config(args, "transformer") if transformer is None else transformer).get("sample_size")
+    if not isinstance(side, int):
+        return None
+    vae = read_config(args, "vae")
+    blocks = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
     return side * 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
 
 
@@ -185,8 +179,12 @@ def asked_precision(args) -> str | None:
     """ "bfloat16" weights or "autocast" where the arguments or the launch ask for one of them by name."""
     if args.weight_dtype == "bfloat16" or (args.weight_dtype is None and args.bf16_rounding):
         return "bfloat16"
-    launched = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    return "autocast" if launched == "bf16" or args.weight_dtype or args.mixed_precision else None
+    return "autocast" if launched_precision(args) == "bf16" or args.weight_dtype or args.mixed_precision else None
+
+
+def launched_precision(args) -> str | None:
+    """--mixed_precision, of the script or else of the launch."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
 
 
 def precision_of(recipe: dict) -> str:
@@ -197,11 +195,8 @@ def recorded_recipe(args) -> str | None:
     """The recipe of the run that goes on, None if there is none."""
     if args.resume_from_checkpoint is None:
         return None
-    try:
-        recorded = json.loads(Path(args.output_dir, RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return recorded.get("recipe") if isinstance(recorded, dict) else None
+    runs = read_run(args.output_dir, resume=True)
+    return runs[0].get("recipe") if runs else None
 
 
 def _read(path: Path) -> dict:
@@ -211,11 +206,7 @@ def _read(path: Path) -> dict:
 def _words(parser, path: Path, given: Namespace) -> list[str]:
     """A recipe as the words of a command line, without what the arguments that are `given` contradict."""
     left_out = {"learning_rate", "fake_score_learning_rate"} if given.networks == "lora" else set()
-    for names, others in LEFT_OUT.items():
-        if any(getattr(given, other) is not None for other in others):
-            left_out.update(names)
-    if given.train_batch_size and given.gradient_accumulation_steps:
-        left_out.add("images_per_update")
-    if asked_precision(given) is not None:
-        left_out.update(*[names for names in LEFT_OUT if "weight_dtype" in names])
+    left_out |= set(PRECISION) if asked_precision(given) is not None else set()
+    left_out |= {"resolution"} if any(getattr(given, name) is not None for name in SIZE) else set()
+    left_out |= {"images_per_update"} if given.train_batch_size and given.gradient_accumulation_steps else set()
     return parser.words_of(path, leave_out=left_out)
